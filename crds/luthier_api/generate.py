@@ -352,7 +352,11 @@ class ImageSettings(ApiModel):
     """Share by which the guided prediction is scaled back to the deviation of the unguided one, against too much
     exposure; 0.7 for models with a zero terminal SNR.
     """
-    refiner: Annotated[Refiner | None, WHOLE_JOB] = None
+    strength: Annotated[float, Field(gt=0, le=1), For("task")] = by_table()
+    """How much of an image is made anew: share of the steps that are done, after noise was added to it. 1: nothing is
+    left of it where it is changed.
+    """
+    refiner: Annotated[Refiner | None, For("task"), WHOLE_JOB] = None
     """The refiner of Stable Diffusion XL. Adapters are added to the model alone."""
     long_prompts: Annotated[Literal["refuse", "chunk"], WHOLE_JOB] = "refuse"
     """Prompts that are longer than the text encoders read (75 tokens). refuse: the row is an error. chunk: they are
@@ -408,7 +412,7 @@ ROWS_SIZE = 65536
 """Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
 server counts what it costs to convert each text at its longest, and refuses the CRD.
 """
-TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image")
+TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image", "initImage", "mask")
 """Fields of a row that hold a text, or a path."""
 
 
@@ -438,6 +442,10 @@ class Row(ApiModel):
     """The text in which the answer stands."""
     image: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
     """The image that the model looks at: the path of a file inside the pods."""
+    init_image: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
+    """The image that is changed: the path of a file inside the pods. It is scaled to image.width and image.height."""
+    mask: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
+    """Where the image is changed: white in another one, likewise. Left out: everywhere."""
     id: Annotated[str | None, Field(min_length=1, max_length=512)] = None
     """Identifier of this row, which each of its outputs repeats."""
     seed: Annotated[Seed | None, For("task")] = None
@@ -460,6 +468,12 @@ class InputColumns(ApiModel):
     image: Annotated[ShortText, For("task")] = by_table()
     """The image that the model looks at: images, or paths of files inside the pods, which may be relative to the folder
     of the file that names them. Text files hold a path a line and need no name here.
+    """
+    init_image: Annotated[ShortText, For("task")] = by_table()
+    """The image that is changed, likewise. It is scaled to image.width and image.height, whatever its own shape is."""
+    mask: Annotated[ShortText, For("task")] = by_table()
+    """Where the image is changed: white in another one. Used where there is such a column; a name other than the
+    default must exist.
     """
     negative_prompt: Annotated[ShortText, For("task")] = by_table()
     """What the image should not show. Used where there is such a column; a name other than the default must exist."""
@@ -637,8 +651,8 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """What the model makes of each row: scores of labels (text-classification, zero-shot-classification,
     image-classification), entities (token-classification), an answer (question-answering), what fits a mask
     (fill-mask), a vector (feature-extraction), another text (summarization, translation, text2text-generation), a text
-    of an image (image-to-text), the continuation of a prompt (text-generation), or an image (text-to-image, with Stable
-    Diffusion XL).
+    of an image (image-to-text), the continuation of a prompt (text-generation), or an image, of a text or
+    of another one (text-to-image and image-to-image, with Stable Diffusion).
     """
     model: Annotated[ModelSource, RESULT]
     adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)

@@ -54,6 +54,7 @@ GenerateTask = Literal[
     "text2text-generation",
     "image-classification",
     "image-to-text",
+    "image-to-image",
 ]
 """The rows of `TASKS` that have a generation half."""
 BestMetric = Literal[
@@ -150,7 +151,7 @@ ROW_SETTINGS = ("inputs.rows[].overrides", "inputs.sweep.zip", "inputs.sweep.pro
 """Where values of a block of settings stand for some rows. They belong to the tasks to which the block belongs."""
 TEMPLATES = ("inputs.template", "inputs.rows[].fields")
 """Fields that write prompts. They belong to the tasks whose rows have one."""
-IMAGES = ("image",)
+IMAGES = ("image", "initImage", "mask")
 """Roles whose cells are images: a row of `inputs.rows` has the path of a file there."""
 SEED = "seed"
 """Role of the seed of a row, and the field of the seed of a job."""
@@ -652,7 +653,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},
             settings="image",
-            options={"adapters[].file": None},
+            options={"adapters[].file": None, "image.refiner": None},
         ),
     ),
     "zero-shot-classification": TaskInfo(
@@ -704,6 +705,16 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image"},
             optional_columns={SEED: "seed"},
             settings="text",
+        ),
+    ),
+    "image-to-image": TaskInfo(
+        modality="image",
+        pipeline_tag="image-to-image",
+        generation=GenerationTask(
+            columns={"prompt": "prompt", "initImage": "image"},
+            optional_columns={"negativePrompt": "negative_prompt", "mask": "mask", SEED: "seed"},
+            settings="image",
+            options={"adapters[].file": None, "image.strength": 0.8},
         ),
     ),
 }

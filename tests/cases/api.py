@@ -184,6 +184,10 @@ ASKED = {
     "spec.inputs.rows": [{"question": "What is it?", "context": "a lute"}],
 }
 LOOK = {"spec.task": "image-classification", "spec.inputs.rows": [{"image": "/data/lute.png"}]}
+CHANGE = {
+    "spec.task": "image-to-image",
+    "spec.inputs.rows": [{"prompt": "a lute", "initImage": "/data/lute.png", "mask": "/data/mask.png"}],
+}
 NEEDED: dict[str, Change] = {"zero-shot-classification": {"spec.zeroShot": {"labels": ["a", "b"]}}}
 """What else a task must have."""
 BLOCKS = {
@@ -744,7 +748,7 @@ MARKS: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="spec.image: applies to text-to-image;",
+        message="spec.image: applies to text-to-image,",
         refused={"spec.image": {}},
         accepted=PICTURES | {"spec.image": {}},
         base=GENERATE,
@@ -756,19 +760,19 @@ MARKS: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="spec.adapters.file: applies to text-to-image;",
+        message="spec.adapters.file: applies to text-to-image,",
         refused={"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
         accepted=PICTURES | {"spec.adapters": [{"path": "/a", "file": "a.safetensors"}]},
         base=GENERATE,
     ),
     Case(
-        message="spec.inputs.rows.negativePrompt: applies to text-to-image;",
+        message="spec.inputs.rows.negativePrompt: applies to text-to-image,",
         refused={"spec.inputs.rows": NEGATIVE},
         accepted=PICTURES | {"spec.inputs.rows": NEGATIVE},
         base=GENERATE,
     ),
     Case(
-        message="spec.inputs.columns.negativePrompt: applies to text-to-image;",
+        message="spec.inputs.columns.negativePrompt: applies to text-to-image,",
         refused={"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
         accepted=PICTURES | {"spec.inputs": {"dataset": {"files": ["/p.csv"]}, "columns": {"negativePrompt": "no"}}},
         base=GENERATE,
@@ -2159,7 +2163,7 @@ CASES: list[Case] = [
         if role != "prompt"
     ),
     Case(
-        message="spec.inputs.rows.prompt: applies to text-generation, text-to-image;",
+        message="spec.inputs.rows.prompt: applies to text-generation, text-to-image,",
         refused=CLASSIFY | {"spec.inputs.rows": [{"text": "a lute", "prompt": "a lute"}]},
         accepted=CLASSIFY,
         base=GENERATE,
@@ -2186,7 +2190,14 @@ CASES: list[Case] = [
             accepted=suited,
             base=GENERATE,
         )
-        for role, suited in (("text", CLASSIFY), ("question", ASKED), ("context", ASKED), ("image", LOOK))
+        for role, suited in (
+            ("text", CLASSIFY),
+            ("question", ASKED),
+            ("context", ASKED),
+            ("image", LOOK),
+            ("initImage", CHANGE),
+            ("mask", CHANGE),
+        )
     ),
     *(
         Case(
@@ -2201,6 +2212,8 @@ CASES: list[Case] = [
             ("question", ASKED, {}),
             ("context", ASKED, {}),
             ("image", LOOK, {}),
+            ("initImage", CHANGE, {}),
+            ("mask", CHANGE, {}),
             ("seed", {"spec.task": "text-generation"}, {"spec.task": "fill-mask"}),
         )
     ),
@@ -2218,6 +2231,40 @@ CASES: list[Case] = [
             base=GENERATE,
         )
         for name in ("sourceLanguage", "targetLanguage")
+    ),
+    Case(
+        message="spec.inputs.rows.prompt: each row of image-to-image needs one",
+        refused=CHANGE | {"spec.inputs.rows": [{"initImage": "/a.png"}]},
+        accepted=CHANGE | {"spec.inputs.rows": [{"prompt": "a lute", "initImage": "/a.png"}]},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.image.strength: applies to image-to-image;",
+        refused=PICTURES | {"spec.image": {"strength": 0.5}},
+        accepted=CHANGE | {"spec.image": {"strength": 0.5}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.image.refiner: applies to text-to-image;",
+        refused=CHANGE | {"spec.image": {"refiner": {"id": "a/b"}}},
+        accepted=PICTURES | {"spec.image": {"refiner": {"id": "a/b"}}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.rows.overrides.image.strength: applies to image-to-image;",
+        refused=PICTURES | {"spec.inputs.rows": [{"prompt": "a", "overrides": {"image": {"strength": 0.5}}}]},
+        accepted=CHANGE
+        | {"spec.inputs.rows": [{"prompt": "a", "initImage": "/a", "overrides": {"image": {"strength": 0.5}}}]},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.sweep.{way}.image.strength: applies to image-to-image;",
+            refused=PICTURES | {"spec.inputs.sweep": {way: {"image": {"strength": [0.5]}}}},
+            accepted=CHANGE | {"spec.inputs.sweep": {way: {"image": {"strength": [0.5]}}}},
+            base=GENERATE,
+        )
+        for way in ("zip", "product")
     ),
     Case(
         message="spec.inputs.rows.overrides.text.systemPrompt: applies to text-generation;",
@@ -2244,13 +2291,13 @@ CASES: list[Case] = [
         for block, suited in BLOCKS.items()
     ),
     Case(
-        message="spec.inputs.template: applies to text-generation, text-to-image;",
+        message="spec.inputs.template: applies to text-generation, text-to-image,",
         refused=CLASSIFY | {"spec.inputs.template": "a {thing}"},
         accepted={"spec.inputs.template": "a {prompt}"},
         base=GENERATE,
     ),
     Case(
-        message="spec.inputs.rows.fields: applies to text-generation, text-to-image;",
+        message="spec.inputs.rows.fields: applies to text-generation, text-to-image,",
         refused=CLASSIFY | {"spec.inputs.rows": [{"text": "a lute", "fields": {"a": "b"}}]},
         accepted={"spec.inputs": {"rows": [{"fields": {"a": "b"}}], "template": "a {a}"}},
         base=GENERATE,

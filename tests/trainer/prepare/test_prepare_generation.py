@@ -352,7 +352,7 @@ MISTAKES = [
         content="prompt,n\na,1\n",
         spec={"task": "text-to-image"},
         code=ExitCode.INVALID_SPEC,
-        message="spec.model.path: text-to-image needs a diffusers pipeline, but there is no model_index.json",
+        message="spec.model.path: a diffusers pipeline is needed, but there is no model_index.json",
     ),
 ]
 

@@ -130,6 +130,7 @@ def parameters(settings: ImageSettings, sample: Sample, about: About) -> str:
         "Schedule type": settings.sigmas and settings.sigmas.capitalize(),
         "CFG scale": settings.guidance,
         "CFG Rescale": settings.guidance_rescale or None,
+        "Denoising strength": settings.strength,
         "Seed": sample.seed,
         "Size": f"{settings.width}x{settings.height}",
         "Model": about.model,

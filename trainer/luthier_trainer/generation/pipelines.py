@@ -42,6 +42,8 @@ def check(
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
     check_size(models["vae"], spec.image)
+    if spec.image.strength is not None:
+        check_strength("text_encoder_2" in models, spec.image)
     if (index.get("safety_checker") or [None])[0]:
         notice(f"{field}: its safety checker is not used, because it replaces images by black ones; none is checked")
     report_refused(pipelines.read_tokenizers(path, index, field), rows, spec.image)
@@ -113,6 +115,26 @@ def check_size(vae: Any, settings: ImageSettings) -> None:
                 f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants; set {size // unit * unit}"
                 f" or {(size // unit + 1) * unit}",
             )
+
+
+def check_strength(is_xl: bool, settings: ImageSettings) -> None:
+    """Check that steps are left of those that an image of a row replaces, and the settings of its pipeline.
+
+    Raises Failure if not.
+    """
+    assert settings.strength is not None, "only called where images are made of others"
+    if int(settings.steps * settings.strength) < 1:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.image.strength: of {settings.steps} steps {settings.strength:g} are less than one; raise strength or"
+            " image.steps",
+        )
+    if settings.guidance_rescale and not is_xl:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            "spec.image.guidanceRescale: diffusers (0.42) has it for images of images with Stable Diffusion XL alone;"
+            " remove it",
+        )
 
 
 def place(pipe: Any, image: ImageSettings, device: str) -> None:

@@ -168,7 +168,7 @@ def check_pipeline(folder: Path, field: str, kinds: Collection[str] = PIPELINES)
     if not index.is_file():
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: text-to-image needs a diffusers pipeline, but there is no model_index.json",
+            f"{field}: a diffusers pipeline is needed, but there is no model_index.json",
         )
     kind = json.loads(index.read_text()).get("_class_name")
     if kind not in kinds:

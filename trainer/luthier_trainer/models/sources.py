@@ -19,6 +19,7 @@ from luthier_api.grpo import RewardModel
 from luthier_api.run import FineTuneRun, GenerateRun, Origin, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import ResolvedSource
+from luthier_api.tasks import TASKS
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.models import adapter_file, weight_files
 from luthier_trainer.models.hub import hub_api, patiently
@@ -114,7 +115,7 @@ class Located:
 
 def locate(source: ModelSource | Adapter | RewardModel, run: FineTuneRun | GenerateRun, field: str) -> Located:
     """Find what `source` names. Raises Failure if it does not exist, is not accessible, or cannot be loaded."""
-    if isinstance(source, Adapter) and isinstance(run, GenerateRun) and run.spec.task == "text-to-image":
+    if isinstance(source, Adapter) and isinstance(run, GenerateRun) and TASKS[run.spec.task].library == "diffusers":
         return _image_adapter(source, run, field)
     if source.id:
         return _on_hub(source.id, source.revision, field, adapter=isinstance(source, Adapter))

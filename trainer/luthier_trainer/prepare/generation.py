@@ -93,7 +93,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
 
 def locate_refiner(run: GenerateRun) -> sources.Located | None:
     """Return where the refiner of `image.refiner` is; None if the job has none."""
-    given = run.spec.image.refiner if run.spec.task == "text-to-image" else None
+    given = run.spec.image.refiner if run.spec.image else None
     if given is None:
         return None
     source = ModelSource(id=given.id, revision=given.revision, path=given.path)

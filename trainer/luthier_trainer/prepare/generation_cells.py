@@ -184,7 +184,8 @@ def reader_of(rows: Rows, run: GenerateRun, role: str, column: str) -> Callable[
     if role == "id":
         return identifier
     if role in IMAGES:
-        return generation_images.reader(rows, run, column, f"{INPUTS}.columns.{role}")
+        optional = role in GENERATION_TASKS[run.spec.task].optional_columns
+        return generation_images.reader(rows, run, column, f"{INPUTS}.columns.{role}", optional)
     if role == "prompt" and is_chat(run):
         nested = chats.is_nested(rows, column)
         return lambda value: messages(value, nested)

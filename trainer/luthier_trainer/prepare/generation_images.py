@@ -34,8 +34,10 @@ def encoded(rows: Rows, roles: Mapping[str, str]) -> Rows:
     return replace(rows, data=data)
 
 
-def reader(rows: Rows, run: GenerateRun, column: str, field: str) -> Callable[[Any], str]:
+def reader(rows: Rows, run: GenerateRun, column: str, field: str, optional: bool) -> Callable[[Any], str | None]:
     """Return the function that stores the image of a cell and returns its SHA-256; it raises BadImage.
+
+    `optional`: whether there need not be one, so that the function returns None for an empty cell.
 
     Raises Failure if the column holds neither images nor paths.
     """
@@ -52,7 +54,7 @@ def reader(rows: Rows, run: GenerateRun, column: str, field: str) -> Callable[[A
     beside = {part.path.parent for part in rows.parts}
     folder = beside.pop() if len(beside) == 1 else None
     pictures = Pictures(WorkspaceFolder(Path(run.workspace)))
-    return lambda cell: kept(cell, pictures, folder)
+    return lambda cell: None if optional and not cell else kept(cell, pictures, folder)
 
 
 def kept(cell: Any, pictures: Pictures, folder: Path | None) -> str:

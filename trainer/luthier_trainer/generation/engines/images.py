@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.utils import logging
@@ -40,7 +40,7 @@ class ImageEngine(Batched):
     records = ImageRecords(keys=line_keys("prompt", "negativePrompt", "file_name", "size"))
 
     @classmethod
-    def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> ImageEngine:
+    def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> Self:
         """Return the engine with its pipeline on the device. Raises Failure if it or an adapter cannot be loaded."""
         adapters = [Path(path) for path in prepared.adapter_paths]
         about = About(settings(run, prepared, hardware, batch_size), hardware.environment)
@@ -79,7 +79,8 @@ class ImageEngine(Batched):
         pipe.to(dtype=hardware.dtype)
         # A VAE with `force_upcast` overflows in fp16. diffusers would convert its weights to fp32 and back for each
         # batch; here they stay in fp32.
-        if hardware.dtype == torch.float16 and pipe.vae.config.force_upcast:
+        self.upcasts = hardware.dtype == torch.float16 and pipe.vae.config.force_upcast
+        if self.upcasts:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         self.repository_scheduler = pipe.scheduler
@@ -102,16 +103,20 @@ class ImageEngine(Batched):
 
     def problem_of_settings(self, sample: Sample) -> str | None:
         """Return why the model cannot work with the settings of a sample; None if it can."""
-        settings = image_settings(sample)
         # The refiner has the scheduler and the guidance of the job.
         if self.refiner and {*(sample.overrides or {})} - {"format"}:
             return "settings: with image.refiner all rows have those of the job; remove what the row overrides"
         try:
-            pipelines.check_size(self.pipe.vae, settings)
-            rehearse(settings.scheduler, make_scheduler(settings, self.repository_scheduler))
+            self.check_settings(sample)
         except Failure as failure:
             return failure.message
         return None
+
+    def check_settings(self, sample: Sample) -> None:
+        """Check that the model can work with the settings of a sample. Raises Failure if it cannot."""
+        settings = image_settings(sample)
+        pipelines.check_size(self.pipe.vae, settings)
+        rehearse(settings.scheduler, make_scheduler(settings, self.repository_scheduler))
 
     def prompts_for(self, sample: Sample) -> Prompts:
         """Return what encodes the prompts of a sample."""
@@ -134,7 +139,6 @@ class ImageEngine(Batched):
             if hasattr(pipe.scheduler, "noise_sampler_seed"):
                 # The SDE sampler ignores generators. Without seeds, its noise would differ in each run.
                 pipe.scheduler.noise_sampler_seed = [s.seed or 0 for s in batch]
-        size = {"width": settings.width, "height": settings.height}
         more: dict[str, Any] = {
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance,
@@ -144,11 +148,16 @@ class ImageEngine(Batched):
             "callback_on_step_end": heartbeat_after_step,
             "output_type": "latent",
         }
-        end = {"denoising_end": self.refiner.start} if self.refiner else {}
-        latents = self.pipe(**self.prompts_for(samples[0]).arguments(batch), **more, **size, **end).images
-        if self.refiner:
-            latents = self.refiner.refined(latents, batch, more)
+        latents = self.denoised(batch, more)
         return [self.output(sample, latents[i : i + 1]) for i, sample in enumerate(samples)]
+
+    def denoised(self, batch: Sequence[Sample], more: dict[str, Any]) -> torch.Tensor:
+        """Return the latents of a whole batch of samples, without noise. `more`: arguments of all pipelines."""
+        settings = image_settings(batch[0])
+        size = {"width": settings.width, "height": settings.height}
+        end = {"denoising_end": self.refiner.start} if self.refiner else {}
+        latents: torch.Tensor = self.pipe(**self.prompts_for(batch[0]).arguments(batch), **more, **size, **end).images
+        return self.refiner.refined(latents, batch, more) if self.refiner else latents
 
     def output(self, sample: Sample, latent: torch.Tensor) -> Output:
         """Return the output of a latent, [1, channels, height, width]. Only what runs on the device is done here."""

@@ -24,6 +24,7 @@ ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
     "text2text-generation": ("luthier_trainer.generation.engines.seq2seq", "Seq2SeqEngine"),
     "image-classification": ("luthier_trainer.generation.engines.image_classification", "ImageClassificationEngine"),
     "image-to-text": ("luthier_trainer.generation.engines.captions", "CaptionEngine"),
+    "image-to-image": ("luthier_trainer.generation.engines.image_to_image", "ImageToImageEngine"),
     "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
 }
 """Task → module and name of the class."""
