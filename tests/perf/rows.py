@@ -38,6 +38,10 @@ class Free:
     """An engine that takes no time."""
 
     batch_size = BATCH
+    window_rows = 0
+
+    def expect(self, samples: Sequence[Any]) -> None:
+        pass
 
     def problem(self, sample: Any) -> None:
         return None

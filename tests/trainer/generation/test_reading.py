@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from transformers import (
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation import main as generate
+from luthier_trainer.generation.engines.answering import AnsweringEngine
+from luthier_trainer.generation.engines.reading import Piece
 from luthier_trainer.prepare.main import main as prepare
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.training.main import main as train
@@ -466,6 +469,26 @@ def test_the_result_of_a_training_classifies(
     for one, other in zip(beside, whole, strict=True):
         assert close(one["scores"], other["scores"])
     assert (WorkspaceFolder(Path(tuned.workspace)).result / "adapter_config.json").exists()
+
+
+def test_batches_are_filled_from_many_rows(
+    save: Save, texts: list[str], lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of two lengths that alternate, so that a window of one batch would fill none. Equal texts are alike."""
+    monkeypatch.setattr(generate, "WINDOW_BATCHES", 1)
+    batches: list[int] = []
+    forward = AnsweringEngine.forward
+
+    def counted(engine: AnsweringEngine, pieces: Sequence[Piece], length: int) -> Sequence[torch.Tensor]:
+        batches.append(length)
+        return forward(engine, pieces, length)
+
+    monkeypatch.setattr(AnsweringEngine, "forward", counted)
+    rows = [{"text": "a class"}, {"text": "a class of " + "words " * 5}] * 8
+    folder = save(BertForSequenceClassification, num_labels=3)
+    found = lines(rows, task="text-classification", model={"path": str(folder)})
+    assert len(batches) == 2 + 2 * 2  # of which two find out whether the model ignores padding
+    assert len({line["sha256"] for line in found}) == 2
 
 
 # Refusals of `prepare`

@@ -204,9 +204,10 @@ def make(engine: Engine, shard: Shard, left: Iterator[Sample], telemetry: Teleme
 
     handed_over, poisoned = before, Poisoned()
     with Writer(shard) as writer:
-        while window := list(islice(left, WINDOW_BATCHES * engine.batch_size)):
+        while window := list(islice(left, max(WINDOW_BATCHES * engine.batch_size, engine.window_rows))):
             if stop_requested():
                 return False
+            engine.expect([sample for sample in window if sample.problem is None])
             problems = [(s, problem_of(engine, s)) for s in window]
             refused = [Output(s, error=problem) for s, problem in problems if problem is not None]
             writer.put(refused)

@@ -19,10 +19,15 @@ class Engine(Protocol):
     """The form in which its outputs are stored."""
     batch_size: int
     """Number of outputs that are computed together, at most."""
+    window_rows: ClassVar[int]
+    """Samples that it likes to choose its batches from, where that is more than a few batches of them."""
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> Engine:
         """Return the engine with its model on the device. Raises Failure if it or an adapter cannot be loaded."""
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Get ready for these samples, which are asked about and worked on next."""
 
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can. This does not run the model, so it is fast."""
@@ -38,6 +43,10 @@ class Batched(ABC):
     """An engine whose batches begin and end together."""
 
     batch_size: int
+    window_rows: ClassVar[int] = 0
+
+    def expect(self, samples: Sequence[Sample]) -> None:  # noqa: B027 (few engines need it)
+        """Do nothing: there is nothing that is faster for all samples together."""
 
     @abstractmethod
     def group(self, sample: Sample) -> Hashable:

@@ -22,8 +22,11 @@ class ClassificationEngine(AnsweringEngine):
         keys=keys_of("text-classification", VALUES, ("tokens", "truncated")), values=VALUES
     )
 
+    def text_of(self, sample: Sample) -> str:
+        return str(sample.cells["text"])
+
     def read(self, sample: Sample) -> Read:
-        return self.whole_text(sample.cells["text"])
+        return self.whole_text(self.text_of(sample))
 
     def answers(self, outputs: Any, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
         return list(outputs.logits.float().cpu())  # [labels] each

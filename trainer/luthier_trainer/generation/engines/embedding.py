@@ -23,8 +23,11 @@ class EmbeddingEngine(AnsweringEngine):
         keys=keys_of("feature-extraction", VALUES, ("tokens", "truncated")), values=VALUES
     )
 
+    def text_of(self, sample: Sample) -> str:
+        return str(sample.cells["text"])
+
     def read(self, sample: Sample) -> Read:
-        return self.whole_text(sample.cells["text"])
+        return self.whole_text(self.text_of(sample))
 
     def answers(self, outputs: Any, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
         states = outputs.last_hidden_state.float().cpu()  # [pieces, length, width]

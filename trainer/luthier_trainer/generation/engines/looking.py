@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +33,8 @@ PROCESSOR = "processor"
 
 class LookingEngine(ABC):
     """Looks at images, `batch_size` at a time."""
+
+    window_rows: ClassVar[int] = 0
 
     @classmethod
     def prepare(
@@ -70,6 +72,9 @@ class LookingEngine(ABC):
 
         `pixels`: [batch_size, channels, height, width], of which the first are those of the samples.
         """
+
+    def expect(self, samples: Sequence[Sample]) -> None:  # noqa: B027 (there is nothing to do)
+        """Do nothing: images are read a batch before they are looked at."""
 
     def problem(self, sample: Sample) -> str | None:
         """Return None: `prepare` has read all images."""

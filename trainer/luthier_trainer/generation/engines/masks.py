@@ -36,8 +36,11 @@ class MaskEngine(AnsweringEngine):
                 " trained with masked tokens",
             )
 
+    def text_of(self, sample: Sample) -> str:
+        return str(sample.cells["text"])
+
     def read(self, sample: Sample) -> Read:
-        read = self.whole_text(sample.cells["text"])
+        read = self.whole_text(self.text_of(sample))
         if read.problem:
             return read
         mask = self.tokenizer.mask_token

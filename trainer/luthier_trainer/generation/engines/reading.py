@@ -31,9 +31,11 @@ from luthier_trainer.generation.samples import Sample
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.processors import read_tokenizer
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.heartbeat import beat
 from luthier_trainer.runtime.notices import notice
 
 SHORTEST = 16  # tokens; shorter texts are padded to it
+ENCODED_AT_ONCE = 1000  # texts, between two heartbeats
 NO_LIMIT = 10**9  # tokenizers whose files set no length have a larger one than any text
 
 
@@ -72,6 +74,10 @@ class ReadingEngine(Batched):
     """Reads texts: as pieces, each as long as the model reads, that are padded together."""
 
     records: ClassVar[ValueRecords]
+    window_rows: ClassVar[int] = 16_384
+    """So that nearly all batches are full, although there are about 40 lengths that texts are padded to. Their tokens
+    take 50 MB, with 100 tokens each.
+    """
     needs_positions: ClassVar[bool] = False
     """Whether the task needs the positions of tokens in the text."""
 
@@ -105,6 +111,8 @@ class ReadingEngine(Batched):
         self.model.config.pad_token_id = self.padding
         limits = [self.tokenizer.model_max_length, max_positions(model.config) or NO_LIMIT]
         self.limit: int | None = limit if (limit := min(limits)) < NO_LIMIT else None
+        self.encoded: dict[str, Mapping[str, Any]] = {}
+        """Texts that were encoded with others, which is faster than one by one, until they are read."""
         self.found: dict[tuple[int, int], Read] = {}
         """What samples are read as, from the first question about them until they are made."""
         self.pads = self.ignores_padding()
@@ -119,6 +127,20 @@ class ReadingEngine(Batched):
 
         For each piece a tensor without what belongs to padding, fp32 on the CPU.
         """
+
+    def text_of(self, sample: Sample) -> str | None:
+        """Return the text that `read` passes to `whole_text`; None if it passes another one, or a second one."""
+        return None
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Encode the texts of samples together."""
+        texts = list(dict.fromkeys(text for sample in samples if (text := self.text_of(sample)) is not None))
+        for first in range(0, len(texts), ENCODED_AT_ONCE):
+            beat()
+            some = texts[first : first + ENCODED_AT_ONCE]
+            made = self.tokenizer(some, return_offsets_mapping=self.needs_positions, verbose=False)
+            for i, text in enumerate(some):
+                self.encoded[text] = {name: values[i] for name, values in made.items()}
 
     def read_once(self, sample: Sample) -> Read:
         """Return what the model reads of a sample. It is tokenised once."""
@@ -185,7 +207,9 @@ class ReadingEngine(Batched):
 
         A text that is too long is cut if the job says so, and refused otherwise.
         """
-        encoding = self.tokenizer(text, second, return_offsets_mapping=self.tokenizer.is_fast, verbose=False)
+        encoding = self.encoded.pop(text, None) if second is None else None
+        if encoding is None:
+            encoding = self.tokenizer(text, second, return_offsets_mapping=self.needs_positions, verbose=False)
         length, limit = len(encoding["input_ids"]), self.limit
         if limit is not None and length > limit:
             if not self.spec.inputs.truncate:
@@ -195,10 +219,10 @@ class ReadingEngine(Batched):
                 second,
                 truncation="only_first",
                 max_length=limit,
-                return_offsets_mapping=self.tokenizer.is_fast,
+                return_offsets_mapping=self.needs_positions,
                 verbose=False,
             )
-        piece = Piece(self.model_inputs(encoding), {"encoding": encoding})
+        piece = Piece(self.model_inputs(encoding), {"encoding": encoding} if self.needs_positions else {})
         return Read([piece], {"tokens": length, "truncated": length > piece.length})
 
     def too_long(self, length: int) -> str:

@@ -70,8 +70,11 @@ class Seq2SeqEngine(ReadingEngine):
             tokens["forced_bos_token_id"] = language_token(self.tokenizer, spec.text.target_language)
         self.decoder = Decoder(model, self.tokenizer, spec.text, self.start, self.padding, tokens)
 
+    def text_of(self, sample: Sample) -> str:
+        return (self.spec.text.prefix or "") + str(sample.cells["text"])
+
     def read(self, sample: Sample) -> Read:
-        return self.whole_text((self.spec.text.prefix or "") + sample.cells["text"])
+        return self.whole_text(self.text_of(sample))
 
     @torch.inference_mode()
     def forward(self, pieces: Sequence[Piece], length: int) -> Sequence[torch.Tensor]:

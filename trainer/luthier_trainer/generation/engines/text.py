@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -44,6 +45,7 @@ KNOWN_PROMPTS = 4096  # whose tokens are kept: a window of prompts is looked at 
 class TextEngine:
     """Makes texts, `batch_size` at a time, with the model in `model_path` and the adapters of the spec."""
 
+    window_rows: ClassVar[int] = KNOWN_PROMPTS
     records = TextRecords(keys=line_keys("prompt", "text", "finishReason", "promptTokens", "newTokens"))
 
     @classmethod
@@ -112,6 +114,9 @@ class TextEngine:
         """Return the settings of a sample."""
         assert isinstance(sample.settings, TextSettings)
         return sample.settings
+
+    def expect(self, samples: Sequence[Sample]) -> None:
+        """Do nothing: the tokens of a prompt are kept once they were asked for."""
 
     def problem(self, sample: Sample) -> str | None:
         """Return why this sample can never be made; None if it can."""

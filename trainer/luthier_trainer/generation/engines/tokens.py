@@ -34,6 +34,10 @@ class TokenEngine(AnsweringEngine):
         super().__init__(spec, model, processor, batch_size)
         self.pipeline = TokenClassificationPipeline(model=model, tokenizer=self.tokenizer, device=model.device)
 
+    def text_of(self, sample: Sample) -> str | None:
+        divided = self.spec.entities.stride is not None and self.limit is not None
+        return None if divided else str(sample.cells["text"])
+
     def read(self, sample: Sample) -> Read:
         text, stride = sample.cells["text"], self.spec.entities.stride
         if stride is None or self.limit is None:
