@@ -36,6 +36,11 @@ class TrainingImages(ApiModel):
     """Pixels of both sides, a multiple of 8. Of an image the middle is taken, scaled to this size. The models of Stable
     Diffusion XL were trained with 1024.
     """
+    min_snr_gamma: Annotated[float | None, Field(gt=0, le=1000)] = None
+    """Min-SNR (arXiv:2303.09556, with 5): timesteps with little noise, whose errors are easy to lower and add little,
+    count less. A row whose signal-to-noise ratio is above this number counts in the loss as one with this ratio. All
+    timesteps count alike when left out. evalLoss counts them alike in any case.
+    """
 
 
 class FineTuneJobSpec(JobControl, TabledSpec):

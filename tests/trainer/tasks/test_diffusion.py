@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import TrainingArguments
@@ -61,7 +62,7 @@ def pipe(sdxl: Path) -> StableDiffusionXLPipeline:
 def make(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> Callable[..., DiffusionTrainer]:
     """A trainer of an adapter with weights of its own on the pipeline's UNet."""
 
-    def make(prediction: str = "epsilon") -> DiffusionTrainer:
+    def make(prediction: str = "epsilon", **options: Any) -> DiffusionTrainer:
         schedule = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
         torch.manual_seed(1)
         model = get_peft_model(pipe.unet, LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -70,6 +71,7 @@ def make(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> Callable[..., Diffu
             args=TrainingArguments(str(tmp_path), seed=SEED, use_cpu=True, report_to="none"),
             frozen=FrozenModels(pipe.vae, (pipe.text_encoder, pipe.text_encoder_2), schedule),
             data_collator=collator([pipe.tokenizer, pipe.tokenizer_2], SIDE),
+            **options,
         )
         trainer.state.global_step = STEP
         return trainer
@@ -130,6 +132,36 @@ def test_loss_is_that_of_plain_diffusers(
         expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn)
     torch.testing.assert_close(outputs["losses"], expect, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, expect.sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_is_that_of_diffusers(make: Callable[..., DiffusionTrainer], prediction: str) -> None:
+    """By the lines of diffusers' training scripts, over all timesteps."""
+    frozen, every = make(prediction).frozen, torch.arange(1000)
+    snr = compute_snr(frozen.schedule, every)
+    least = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0]
+    expect = least / (snr if prediction == "epsilon" else snr + 1)
+    torch.testing.assert_close(frozen.min_snr_weights(every, 5.0), expect)
+
+
+@pytest.mark.parametrize("learning", [True, False], ids=["training", "evaluation"])
+def test_min_snr_weighs_what_is_learnt_alone(make: Callable[..., DiffusionTrainer], learning: bool) -> None:
+    trainer = make(min_snr_gamma=0.1)
+    trainer.model.train(learning)
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS), True, num_items_in_batch=4)
+    weights = torch.ones(2)
+    if learning:
+        drawn = draw_for_training(SEED, STEP, [0, 1], LATENT, 1000)
+        weights = (0.1 / compute_snr(trainer.frozen.schedule, drawn.timesteps)).clamp(max=1)
+        assert weights.min() < 1
+    torch.testing.assert_close(loss, (weights * outputs["losses"]).sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_without_signal_a_row_counts_as_it_is(make: Callable[..., DiffusionTrainer]) -> None:
+    frozen = make().frozen
+    frozen.schedule.alphas_cumprod[-1] = 0.0
+    assert frozen.min_snr_weights(torch.tensor([999]), 5.0).item() == 1.0
 
 
 def test_noise_of_a_row_depends_on_nothing_beside_it() -> None:

@@ -124,6 +124,17 @@ class FrozenModels:
             return self.schedule.get_velocity(latents, drawn.noise, drawn.timesteps)
         return drawn.noise
 
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Return how much rows count in the loss by Min-SNR (arXiv:2303.09556), fp32 [rows].
+
+        `timesteps`: int64 [rows]. Where no signal is left (schedules with zero terminal SNR), that of epsilon is 1.
+        """
+        kept = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps].float()
+        ratio = kept / (1 - kept)
+        if self.schedule.config.prediction_type == "v_prediction":
+            return ratio.clamp(max=gamma) / (ratio + 1)
+        return (gamma / ratio).clamp(max=1)
+
 
 class DiffusionTrainer(Trainer):
     """Trains the adapter of a UNet.
@@ -131,7 +142,8 @@ class DiffusionTrainer(Trainer):
     Its batches have `pixel_values`, `input_ids`, `input_ids_2`, `time_ids` and `labels` (the numbers of the rows).
     """
 
-    def __init__(self, *, frozen: FrozenModels, **kwargs: Any) -> None:
+    def __init__(self, *, frozen: FrozenModels, min_snr_gamma: float | None = None, **kwargs: Any) -> None:
+        """`min_snr_gamma`: None: all timesteps count alike."""
         model, args = kwargs["model"], kwargs["args"]
         # transformers would set `use_cache` in the configuration, but those of diffusers cannot be changed.
         model.config = None
@@ -140,8 +152,10 @@ class DiffusionTrainer(Trainer):
             # implementation of checkpointing, as `training.arguments` asks for.
             model.get_base_model().enable_gradient_checkpointing()
             args.activation_checkpointing = False
-        super().__init__(compute_loss_func=denoising_loss, **kwargs)
-        self.frozen = frozen
+        super().__init__(compute_loss_func=self._loss, **kwargs)
+        self.frozen, self.min_snr_gamma = frozen, min_snr_gamma
+        self._weights: torch.Tensor | None = None
+        """How much the rows of the present batch count, fp32 [rows]; None: all alike."""
         self.frozen.to(self.args.device)
 
     def compute_loss(
@@ -149,9 +163,19 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Return the loss of a batch; with `return_outputs` also the loss of each row, fp32 [rows]."""
         given, target = self.denoising(inputs, model.training)
+        self._weights = None
+        if self.min_snr_gamma is not None and model.training:
+            self._weights = self.frozen.min_snr_weights(given["timestep"], self.min_snr_gamma)
         # transformers removes `labels` before it calls the model, and passes them to the loss function.
         loss, outputs = super().compute_loss(model, given | {"labels": target}, True, num_items_in_batch)
         return (loss, {"losses": row_losses(outputs.sample, target)}) if return_outputs else loss
+
+    def _loss(self, outputs: Any, target: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the mean squared error over the `num_items_in_batch` rows of the step, or over those of the batch."""
+        losses = row_losses(outputs.sample, target)
+        if self._weights is not None:
+            losses = losses * self._weights
+        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
     def denoising(self, inputs: dict[str, Any], learning: bool) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the arguments of the UNet for a batch, and what it should predict, [rows, channels, height, width].
@@ -208,12 +232,6 @@ def macs_of(found: Mapping[str, Any], resolution: int) -> Compute:
 def row_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the mean squared error of each row, fp32 [rows]. Both tensors: [rows, channels, height, width]."""
     return mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-
-
-def denoising_loss(outputs: Any, target: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the mean squared error over the `num_items_in_batch` rows of the step, or over the batch if it is None."""
-    losses = row_losses(outputs.sample, target)
-    return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
 
 class RowLosses:

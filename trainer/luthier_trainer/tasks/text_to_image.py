@@ -136,7 +136,8 @@ class TextToImage(LabelledBatches, Task):
         from luthier_trainer.tasks.diffusion import DiffusionTrainer, RowLosses, load_frozen
 
         frozen = load_frozen(context.model_path, context.weights["dtype"], inspect.MODEL)
-        options = {"frozen": frozen, **measured_by(RowLosses())}
+        gamma = context.spec.image.min_snr_gamma
+        options = {"frozen": frozen, "min_snr_gamma": gamma, **measured_by(RowLosses())}
         make_batch = collator(read_tokenizers(context.model_path), context.spec.image.resolution)
         return TrainerSetup(DiffusionTrainer, make_batch, options)
 
