@@ -25,6 +25,8 @@ from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.runtime.failure import Failure
 
+RANKS = "ranknum"  # AdaLoRA's counts of ranks, by which PEFT scales adapters
+
 
 def weights_options(
     method: Method,
@@ -103,6 +105,9 @@ def with_method(
             f"spec.method.targetModules: {', '.join(method.target_modules)} does not suit {type(model).__name__}"
             f" ({error}). Its linear modules: {', '.join(sorted(linear))}; all-linear takes them all",
         ) from None
+    for name, weight in adapted.named_parameters():
+        if f".{RANKS}." in name:  # which PEFT (0.21) trains where they are beside quantised weights
+            weight.requires_grad_(False)
     if new_tokens:
         # PEFT would save the whole embedding beside its new rows if it saw that the base model has fewer. Which model
         # that is, `training.result` writes.
