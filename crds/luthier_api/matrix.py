@@ -6,7 +6,7 @@ allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
@@ -94,12 +94,17 @@ def cells(axes: Sequence[Axis]) -> Iterator[Cell]:
 
 
 def pairwise(axes: Sequence[Axis]) -> list[Cell]:
-    """Return few cells in which every allowed pair of values of two axes occurs: always the same ones.
+    """Return few cells in which every allowed pair of values of two axes occurs: always the same ones."""
+    return covering(axes, lambda cell: {*combinations(cell.items(), 2)})
 
-    Each next cell is the one with the most pairs that have not occurred yet.
+
+def covering(axes: Sequence[Axis], found_in: Callable[[Cell], set[Any]]) -> list[Cell]:
+    """Return few cells that have together all that `found_in` finds in the allowed ones: always the same cells.
+
+    Each next cell is the one with the most that has not occurred yet.
     """
     every = [*cells(axes)]
-    left = [{*combinations(cell.items(), 2)} for cell in every]
+    left = [found_in(cell) for cell in every]
     missing = set[Any]().union(*left)
     chosen = []
     while missing:

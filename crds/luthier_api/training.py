@@ -172,7 +172,7 @@ class Training(ApiModel):
     save_every: Annotated[Interval, CIRCUMSTANCES] = "steps"
     """steps: save a checkpoint every `saveSteps`. epoch: after each pass over the training rows."""
     save_steps: Annotated[int, Field(ge=1), For("save_every"), CIRCUMSTANCES] = by_table()
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints. The first one is saved after 5 % of all steps if these are 20 or more."""
     keep_checkpoints: Annotated[int, Field(ge=1, le=100), CIRCUMSTANCES] = 2
     """Verified checkpoints that are kept, the newest ones. With loadBestModel the best one is kept beside them."""
     load_best_model: bool = False

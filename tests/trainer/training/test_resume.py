@@ -7,21 +7,26 @@ from __future__ import annotations
 import json
 import shutil
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import DatasetDict
 from prepared_workspace import losses, prepared_run, without_the_machine
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from luthier_api.exitcodes import ExitCode
 from luthier_api.metrics import broken_checkpoints, checkpoint_step, read_samples
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import MANIFEST
+from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.training import checkpoint
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.manifest import write_manifest
@@ -117,6 +122,94 @@ def test_a_run_whose_circumstances_have_changed_goes_on(
 
 
 @dataclass(frozen=True)
+class FirstCase:
+    name: str
+    steps: int
+    saved: list[int]
+    """Steps whose checkpoints are there at the end."""
+
+
+FIRSTS = [
+    FirstCase(name="before 5 % of it", steps=44, saved=[2, 44]),
+    FirstCase(name="at the end of a short one", steps=19, saved=[19]),
+]
+
+
+@pytest.mark.parametrize("case", FIRSTS, ids=lambda case: case.name)
+def test_the_first_save_of_a_training(case: FirstCase, tmp_path: Path, llama: Path, data: DatasetDict) -> None:
+    run = make(tmp_path / "job", llama, DatasetDict(train=data["train"]), maxSteps=case.steps, batchSize=1)
+    train.main(run)
+    folders = (tmp_path / "job/checkpoints").iterdir()
+    assert sorted(checkpoint.step_of(folder) for folder in folders) == case.saved
+
+
+@dataclass(frozen=True)
+class BackCase:
+    name: str
+    file: str
+    damage: Callable[[bytes], bytes]
+    message: str
+
+
+BACK = [
+    BackCase(
+        name="other bytes",
+        file="adapter_model.safetensors",
+        damage=lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        message="adapter_model.safetensors has changed: its SHA-256 differs",
+    ),
+    BackCase(
+        name="no tensors",
+        file="adapter_model.safetensors",
+        damage=lambda content: save({"a": torch.zeros(0)}),
+        message="adapter_model.safetensors has empty tensors, among them a",
+    ),
+    BackCase(
+        name="an optimiser that cannot be loaded",
+        file="optimizer.pt",
+        damage=lambda content: content[:100],
+        message="optimizer.pt: ",
+    ),
+    BackCase(
+        name="a state that cannot be read",
+        file="trainer_state.json",
+        damage=lambda content: content[:-2],
+        message="trainer_state.json: JSONDecodeError",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BACK, ids=lambda case: case.name)
+def test_the_first_checkpoint_is_loaded_back(
+    case: BackCase, tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is damaged before it was described has the right digest, and cannot be loaded."""
+    described, committed = checkpoint.describe, checkpoint.commit
+
+    def damage(folder: Path) -> None:
+        file = folder / case.file
+        file.write_bytes(case.damage(file.read_bytes()))
+
+    def describe(staged: Path, *ranks: int) -> Any:
+        damage(staged)
+        return described(staged, *ranks)
+
+    def commit(*args: Any) -> Path:
+        folder = committed(*args)
+        damage(folder)
+        return folder
+
+    if "SHA-256" in case.message:
+        monkeypatch.setattr(checkpoint, "commit", commit)
+    else:
+        monkeypatch.setattr(checkpoint, "describe", describe)
+    with pytest.raises(Failure) as failure:
+        train.main(make(tmp_path / "job", llama, DatasetDict(train=data["train"]), maxSteps=1))
+    assert failure.value.code == ExitCode.STORAGE_ERROR
+    assert f"checkpoint-1 was written, and cannot be read back: {case.message}" in failure.value.message
+
+
+@dataclass(frozen=True)
 class SmallerCase:
     name: str
     method: dict[str, Any]
@@ -164,13 +257,17 @@ def test_smaller_micro_batches_have_the_same_losses(
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)  # of losses of 6: three roundings of fp32
 
 
-def test_only_the_strategy_of_a_checkpoint_resumes_from_it(
+def test_only_the_strategy_and_the_processes_of_a_checkpoint_resume_from_it(
     tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The field may change while the job is stopped, and `prepare` then plans again."""
+    """The fields may change while the job is stopped, and `prepare` then plans again."""
     run = make(tmp_path / "job", llama, data)
     stopped_at(run, 7, monkeypatch)
     record = read_prepared(run)
+    resources = run.spec.resources.model_copy(update={"processes_per_node": 2})
+    shared = run.model_copy(update={"spec": run.spec.model_copy(update={"resources": resources})})
+    with pytest.raises(Failure, match=r"the number of processes is 2, there it was 1\. Change it back to resume, or"):
+        checkpoint.newest(tmp_path / "job/checkpoints", checkpoint.identity(shared, record), Ranks(10))
     write_prepared(run, record.model_copy(update={"plan": record.plan.model_copy(update={"strategy": "zero2"})}))
     with pytest.raises(Failure, match=r"spec\.strategy is 'zero2', there it was 'none'\. Change it back to resume, or"):
         train.main(run)

@@ -38,6 +38,7 @@ from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
 from luthier_trainer.training import main as train
 from luthier_trainer.workspace.manifest import problems
+from luthier_trainer.workspace.prepared import read_prepared, write_prepared
 
 
 @pytest.fixture(scope="module")
@@ -512,3 +513,73 @@ def test_a_process_alone_that_should_be_one_of_two(tmp_path: Path, llama: Path, 
     code, message = fail(prepared_run(tmp_path / "job", llama, prose_data, resources={"processesPerNode": 2}))
     assert code == ExitCode.MISCONFIGURED
     assert message.startswith("spec.strategy: ddp over 2 processes was asked for, but processes is 1 instead of 2")
+
+
+@dataclass(frozen=True)
+class OtherCase:
+    name: str
+    change: dict[str, Any]
+    """Arguments of transformers' trainer that are others than the plan's."""
+    message: str
+
+
+OTHERS = [
+    OtherCase(
+        name="steps",
+        change={"max_steps": 7},
+        message="steps is 7 instead of 10",
+    ),
+    OtherCase(
+        name="rows",
+        change={"per_device_train_batch_size": 4},
+        message="rows in a micro-batch is 4 instead of 8",
+    ),
+    OtherCase(
+        name="accumulation",
+        change={"gradient_accumulation_steps": 2},
+        message="micro-batches in a step is 2 instead of 1",
+    ),
+    OtherCase(
+        name="activations",
+        change={"activation_checkpointing": True},
+        message="recomputed activations is True instead of False",
+    ),
+    OtherCase(
+        name="precision",
+        change={"mixed_precision": "bf16"},
+        message="precision is 'bf16' instead of 'fp32'",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_what_runs_is_compared_with_the_plan(
+    case: OtherCase, tmp_path: Path, llama: Path, prose_data: DatasetDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = train.training_arguments
+
+    def others(*args: Any, **options: Any) -> Any:
+        arguments = planned(*args, **options)
+        for name, value in case.change.items():
+            setattr(arguments, name, value)
+        return arguments
+
+    monkeypatch.setattr(train, "training_arguments", others)
+    code, message = fail(prepared_run(tmp_path / "job", llama, DatasetDict(train=prose_data["train"])))
+    assert (code, case.message in message) == (ExitCode.MISCONFIGURED, True), message
+
+
+def test_another_number_of_weights_than_planned_is_said(
+    tmp_path: Path, llama: Path, prose_data: DatasetDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = prepared_run(
+        tmp_path / "job",
+        llama,
+        DatasetDict(train=prose_data["train"]),
+        method={"type": "lora"},
+        training={"maxSteps": 1},
+    )
+    record = read_prepared(run)
+    write_prepared(run, record.model_copy(update={"plan": record.plan.model_copy(update={"trainable_parameters": 1})}))
+    train.main(run)
+    assert " weights learn, and the plan has counted 1. Its memory" in capsys.readouterr().out

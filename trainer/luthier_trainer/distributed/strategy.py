@@ -7,17 +7,20 @@ like a good run on a part of the data. Imported by PID 1, so without torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.status import Plan
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
 # Numbers that are sent at once. DeepSpeed has 5e8 for all models: with overlap, gigabytes beside a small one. A share
 # of the model is a few layers of it; more than 2e8 makes no message faster.
 SMALLEST_BUCKET, LARGEST_BUCKET = 10**7, 2 * 10**8
 BUCKETS = 32
+NAMES_OF_PRECISIONS = {"no": "fp32"}  # as accelerate calls them → as plans do
 PREFETCHED = 5 * 10**7  # DeepSpeed's own limit of what ZeRO-3 gathers ahead
 
 
@@ -83,11 +86,22 @@ def realised(trainer: Any) -> dict[str, Any]:
         "distributed type": trainer.accelerator.distributed_type.value,
         "model": type(engine).__name__,
     }
+    recomputing = [m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing")]
+    facts |= {
+        "steps": trainer.state.max_steps,
+        "rows in a micro-batch": trainer.args.per_device_train_batch_size,
+        "micro-batches in a step": trainer.args.gradient_accumulation_steps,
+        "precision": NAMES_OF_PRECISIONS.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
+        # Models of other libraries than transformers and diffusers have their own flags.
+        "recomputed activations": any(recomputing) if recomputing else trainer.args.activation_checkpointing,
+    }
     config = getattr(trainer.model, "config", None)
     if (attention := getattr(config, "_attn_implementation", None)) is not None:
         facts["attention"] = attention
     if hasattr(engine, "zero_optimization_stage"):
         facts["ZeRO stage"] = engine.zero_optimization_stage()
+        facts["rows in a micro-batch"] = engine.train_micro_batch_size_per_gpu()
+        facts["micro-batches in a step"] = engine.gradient_accumulation_steps()
         facts["optimizer on CPU"] = type(engine.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
         facts["overlap"] = engine.zero_overlap_comm()
         facts["bucket"] = engine.zero_reduce_bucket_size()
@@ -97,11 +111,23 @@ def realised(trainer: Any) -> dict[str, Any]:
     return facts
 
 
+def count(weights: Iterable[Any]) -> int:
+    """Numbers of those weights that learn, also where ZeRO-3 has left this process a part of a weight."""
+    return sum(getattr(weight, "ds_numel", None) or weight.numel() for weight in weights if weight.requires_grad)
+
+
 def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
     """The settings that `realised` must return. `model` is the class name of the model before it is wrapped."""
     device: dict[str, Any] = {"device": "cpu" if cpu else "cuda"}
-    if plan.attention is not None:
-        device["attention"] = plan.attention
+    planned = {
+        "attention": plan.attention,
+        "steps": plan.steps,
+        "rows in a micro-batch": plan.micro_batch_size,
+        "micro-batches in a step": plan.accumulation_steps,
+        "precision": None if plan.precision == "auto" else plan.precision,  # then the GPU decides
+        "recomputed activations": plan.gradient_checkpointing,
+    }
+    device |= {name: value for name, value in planned.items() if value is not None}
     if uses_deepspeed(plan.strategy):
         return device | {
             "processes": plan.world_size,
@@ -139,8 +165,12 @@ def assert_started(plan: Plan) -> None:
         raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, [f"processes is {started} instead of {plan.world_size}"]))
 
 
-def assert_realised(trainer: Any, plan: Plan) -> None:
-    """Raise Failure(MISCONFIGURED) when this process runs something else than the plan says."""
+def assert_realised(trainer: Any, plan: Plan, unused: int = 0) -> None:
+    """Raise Failure(MISCONFIGURED) when this process runs something else than the plan says.
+
+    Gives notice if another number of weights learns than was planned. `unused`: numbers that the plan has counted, and
+    that the task does not use.
+    """
     asked = requested(plan, type(trainer.model).__name__, cpu=trainer.args.use_cpu)
     runs = realised(trainer)
     wrong = [
@@ -148,10 +178,16 @@ def assert_realised(trainer: Any, plan: Plan) -> None:
     ]
     if wrong:
         raise Failure(ExitCode.MISCONFIGURED, _mismatch(plan, wrong))
+    found = count(trainer.model.parameters()) + unused
+    if plan.trainable_parameters not in (None, found) and trainer.ranks.first:
+        notice(
+            f"spec.method: {found:,} weights learn, and the plan has counted {plan.trainable_parameters:,}. Its memory,"
+            " and the sizes of checkpoints, are for those"
+        )
 
 
 def _mismatch(plan: Plan, wrong: list[str]) -> str:
     return (
         f"spec.strategy: {plan.strategy} over {plan.world_size} processes was asked for, but {', '.join(wrong)}. "
-        "The processes would train independent models; start them with the image's own command"
+        "That is not what was planned; start the processes with the image's own command, and with its libraries"
     )

@@ -34,6 +34,7 @@ from luthier_trainer.training.result import PADDING
 from luthier_trainer.workspace.flops import per_unit
 
 NONFINITE_REPORTS = 3  # one bad batch can make one report NaN; a loss that stays NaN does not recover
+FIRST_SAVE = 0.05  # of all steps
 LEFT_OUT = 5  # first steps, which compile, allocate and fill caches: they say nothing about the pace of the others
 WITHHELD_UPDATES = 3  # in a row; a single bad batch only costs its own update
 
@@ -47,14 +48,15 @@ class Callback(TrainerCallback):
 class Guard(Callback):
     """Checks that the requested strategy is in use and every trainable weight gets a gradient in the first step."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, unused: int = 0) -> None:
+        """`unused`: numbers of the model that do not learn, because the task does not use them."""
+        self.plan, self._unused = plan, unused
         self._waiting: set[str] = set()
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check the strategy and watch the gradients of the trainable weights. Raises Failure if there are none."""
-        strategy.assert_realised(self.loop, self.plan)
+        strategy.assert_realised(self.loop, self.plan, self._unused)
         learning = [(name, p) for name, p in self.loop.model.named_parameters() if p.requires_grad]
         if not learning:
             raise Failure(ExitCode.INVALID_SPEC, "spec.method: no weight of the model would learn")
@@ -136,6 +138,17 @@ class Stop(Callback):
                 " of this step",
                 flush=True,
             )
+
+
+class FirstSave(Callback):
+    """Saves a first checkpoint before `FIRST_SAVE` of the training, so that a save that fails is no late surprise.
+
+    Not in a short training, which has lost little if it fails at its end.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.loop.saved is None and state.global_step == int(FIRST_SAVE * state.max_steps):
+            control.should_save = True
 
 
 class Heartbeat(Callback):

@@ -200,6 +200,55 @@ def commit(staged: Path, folder: Path, described: Sequence[Sequence[Entry]], fac
     return final
 
 
+def load_back(folder: Path, ranks: Ranks) -> None:
+    """Read the checkpoint from its volume, and load its files as a resumed attempt would.
+
+    All ranks call this function, and each one reads a share of the files. Raises Failure(STORAGE_ERROR) if files are
+    not what was written, or cannot be loaded.
+    """
+    ranks.each(lambda: _forget(folder))
+    found, broken = verify(folder, ranks)
+    share = share_of(found["files"], ranks.rank, ranks.count) if found else []
+    reports = ranks.each(lambda: [line for entry in share if (line := _unloadable(folder / entry["path"]))])
+    lines = [*broken, *(line for report in reports for line in report)]
+    if lines:
+        raise Failure(
+            ExitCode.STORAGE_ERROR,
+            f"spec.workspace: {folder.name} was written, and cannot be read back:"
+            f" {'; '.join(lines[:DIFFERENCES_SHOWN])}. Look after the volume",
+        )
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files from this node's memory, so that they are read from the volume."""
+    for file in manifest.files_in(folder):
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def _unloadable(file: Path) -> str | None:
+    """Return why a file of a checkpoint cannot be loaded; None if it can, or if it is none that is loaded."""
+    import torch
+    from safetensors import safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                names = list(tensors.keys())
+                empty = [name for name in names if 0 in tensors.get_slice(name).get_shape()]
+            if empty:
+                return f"{file.name} has empty tensors, among them {empty[0]}"
+        elif file.suffix in (".pt", ".pth"):
+            torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        elif file.suffix == ".json":
+            json.loads(file.read_bytes())
+    except Exception as error:  # each format has its own
+        return f"{file.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    beat()
+    return None
+
+
 def _is_seen(staged: Path, entry: Entry) -> bool:
     path = staged / entry["path"]
     return path.is_file() and path.stat().st_size == entry["size"]

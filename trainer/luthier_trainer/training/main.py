@@ -30,7 +30,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.training import Training
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
-from luthier_trainer.distributed.strategy import assert_started, uses_deepspeed
+from luthier_trainer.distributed.strategy import assert_started, count, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods import initial
 from luthier_trainer.methods.state import MethodState
@@ -50,7 +50,7 @@ from luthier_trainer.tracking.callback import Tracking, tracking
 from luthier_trainer.training import checkpoint, optimizers, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
-from luthier_trainer.training.callbacks import Guard, Heartbeat, MethodSteps, Report, Stop
+from luthier_trainer.training.callbacks import FirstSave, Guard, Heartbeat, MethodSteps, Report, Stop
 from luthier_trainer.training.canary import Canary
 from luthier_trainer.training.compiling import compile_blocks
 from luthier_trainer.training.resilience import EvaluationStopped, Resilient, resilient
@@ -189,7 +189,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         checkpoint.digest(identity),
         Path(prepared.model_path),
     )
-    freeze(model, loaded.unused_parameters)
+    unused = freeze(model, loaded.unused_parameters)
     method_state = MethodState(family, model, spec.method) if family is not None and family.saves_all else None
 
     compiled = compile_blocks(model) if spec.training.torch_compile else 0
@@ -197,7 +197,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     telemetry, stop = Telemetry(), Stop()
     report = Report(telemetry, run.gpu.peak_flops if run.gpu else None, task.reported, prepared.compute)
     canary = Canary(telemetry, plan, spec.resources.processes)
-    callbacks = [Guard(plan), MethodSteps(), Heartbeat(), report, canary, stop]
+    callbacks = [Guard(plan, unused), MethodSteps(), Heartbeat(), report, canary, FirstSave(), stop]
     resumed = checkpoint.step_of(resume) if resume else None
     trackers = tracking(run, prepared, resumed) if ranks.first else Tracking([])
     setup = task.trainer(context, loaded.model)
@@ -312,14 +312,16 @@ def stopped(loop: Resilient, agreed: int) -> TerminationMessage:
     return ended(ExitCode.PREEMPTED, f"stopped after step {agreed}", step=step, saved=step == agreed)
 
 
-def freeze(model: Any, unused: set[str]) -> None:
+def freeze(model: Any, unused: set[str]) -> int:
     """Exclude the parameters named in `unused`, and the adapter weights beside them, from training.
 
-    They would get no gradient, because the task does not use them.
+    They would get no gradient, because the task does not use them. Return how many numbers would have learnt.
     """
-    for name, weight in model.named_parameters():
-        if PEFT_PARTS.sub("", name) in unused:
-            weight.requires_grad_(False)
+    found = [weight for name, weight in model.named_parameters() if PEFT_PARTS.sub("", name) in unused]
+    numbers = count(found)
+    for weight in found:
+        weight.requires_grad_(False)
+    return numbers
 
 
 def ended(code: ExitCode, message: str = "", **facts: Any) -> TerminationMessage:

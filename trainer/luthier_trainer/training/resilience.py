@@ -119,6 +119,8 @@ class Resilient(Base):
         """How many of the latest consecutive updates were not applied, int64 []."""
         self.saved: Path | None = None
         """The newest verified checkpoint."""
+        self._proven = False
+        """Whether a checkpoint of this attempt has been loaded back."""
         self.save_seconds = 0.0
         self.started = time.monotonic()
         self._folder = Path(self.args.output_dir)
@@ -436,6 +438,9 @@ class Resilient(Base):
         }
         described = self.ranks.each(lambda: checkpoint.describe(staged, self.ranks.rank, self.ranks.count))
         self.saved = self.ranks.decide(lambda: checkpoint.commit(staged, folder, described, facts))
+        if not self._proven:
+            checkpoint.load_back(self.saved, self.ranks)
+            self._proven = True
         self.checkpoint_bytes = sum(entry["size"] for of_rank in described for entry in of_rank)
         if self.ranks.first:
             checkpoint.rotate(folder, self.keep, self._best_step())
