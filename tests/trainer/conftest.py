@@ -123,6 +123,22 @@ def prose_data(llama: Path, paragraphs: list[str]) -> DatasetDict:
     return causal_lm_data(AutoTokenizer.from_pretrained(llama), prose(paragraphs))
 
 
+@pytest.fixture(scope="session")
+def deepspeed_operators() -> None:
+    """DeepSpeed compiles its collectives for CPU: half a minute once, then they are found in TORCH_EXTENSIONS_DIR."""
+    from trainer.distributed.groups import compile_operator  # brings what most tests do without
+
+    compile_operator("ShareMemComm")
+
+
+@pytest.fixture(scope="session")
+def deepspeed_optimizer(deepspeed_operators: None) -> None:
+    """Its AdamW for CPU takes a minute of two cores."""
+    from trainer.distributed.groups import compile_operator
+
+    compile_operator("CPUAdam")
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A Hub of our own, and no token; the Hub's clients of this process and of its children speak to it."""

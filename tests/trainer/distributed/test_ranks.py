@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +36,7 @@ from trainer.digits import RESNET
 from trainer.digits import save_model as save_images_model
 from trainer.distributed import courses, one_after_another
 from trainer.distributed.courses import COURSES, Course
+from trainer.distributed.groups import TIMEOUT, Group, free_port
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -51,8 +48,6 @@ from transformers import (
 from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.distributed import launch
-from luthier_trainer.distributed.strategy import deepspeed_config
 from luthier_trainer.methods import trainable
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.training import main as train
@@ -62,8 +57,6 @@ from luthier_trainer.workspace.prepared import read_prepared
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
-TIMEOUT = 240  # of one start, on a machine that has other things to do
-BUILD_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
@@ -89,53 +82,6 @@ def alone(
     return losses(run), metrics
 
 
-def divided(strategy: str, *settings: Any) -> dict[str, Any]:
-    """DeepSpeed's configuration, with which it treats small models as large ones.
-
-    ZeRO-3 would keep weights of less than 100,000 numbers whole, and any that are used again within 1e9 numbers.
-    """
-    config = deepspeed_config(strategy, *settings)
-    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-    config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
-    return config
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that two processes train one after another. Each has a run folder of its name."""
-
-    folder: Path
-    runs: dict[str, FineTuneRun]
-
-    def train(self) -> None:
-        """Start the processes once, and wait for their end."""
-        for name, run in self.runs.items():
-            (self.folder / name / "run.json").write_text(json.dumps(run.dump()))
-        variables = {
-            one_after_another.FOLDERS: os.pathsep.join(str(self.folder / name) for name in self.runs),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "MODULE", one_after_another.__name__)
-            patch.setattr(launch, "deepspeed_config", divided)
-            with pod(next(iter(self.runs.values())), self.folder / "pod", **variables) as process:
-                code = process.wait(TIMEOUT)
-        log = (self.folder / "pod/log").read_text()
-        assert code == 0, f"in the last training that begins in this log: {log[-5000:]}"
-
-    def ends(self, name: str) -> list[TerminationMessage]:
-        """The messages of both ranks."""
-        files = sorted((self.folder / name).glob("result-*.json"))
-        return [TerminationMessage.model_validate_json(file.read_bytes()) for file in files]
-
-    def log(self, name: str) -> str:
-        """What both ranks wrote from the beginning of this run to that of the next."""
-        text = (self.folder / "pod/log").read_text()
-        begin = text.index(one_after_another.begins(self.folder / name))
-        others = [text.find(one_after_another.begins(self.folder / other)) for other in self.runs if other != name]
-        return text[begin : min((at for at in others if at > begin), default=len(text))]
-
-
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     """A group whose runs are made by these functions, of the folder of a run."""
@@ -145,12 +91,6 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
         return Group(folder, {name: of(folder / name) for name, of in runs.items()})
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def make(root: Path, llama: Path, data: DatasetDict, **spec: Any) -> FineTuneRun:
@@ -169,36 +109,6 @@ def messages(folder: Path, codes: list[int]) -> list[TerminationMessage]:
     assert codes == [0] * len(codes), "\n".join(log.read_text()[-3000:] for log in folder.glob("pod-*/log"))
     files = sorted(folder.glob("pod-*/result-*.json"), key=lambda p: p.name)
     return [TerminationMessage.model_validate_json(file.read_bytes()) for file in files]
-
-
-@pytest.fixture(scope="session")
-def deepspeed_operators() -> None:
-    """DeepSpeed compiles its collectives for CPU: half a minute once, then they are found in TORCH_EXTENSIONS_DIR."""
-    compile_operator("ShareMemComm")
-
-
-@pytest.fixture(scope="session")
-def deepspeed_optimizer(deepspeed_operators: None) -> None:
-    """Its AdamW for CPU takes a minute of two cores."""
-    compile_operator("CPUAdam")
-
-
-def compile_operator(name: str) -> None:
-    load = f"from deepspeed.ops.op_builder.cpu import {name}Builder; {name}Builder().load()"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    try:
-        subprocess.run(
-            [sys.executable, "-c", load],
-            env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
-            check=True,
-            capture_output=True,
-            timeout=BUILD_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail(
-            f"DeepSpeed's {name} was not compiled within {BUILD_SECONDS} s. A build that was killed leaves a file"
-            " `lock` below ~/.cache/torch_extensions, for which the next one waits: delete it"
-        )
 
 
 @dataclass(frozen=True)
@@ -539,7 +449,7 @@ def ddp(
         **classifiers("ddp"),
         **of_courses(llama, data, "ddp"),
     )
-    made.train()
+    made.train_all()
     return made
 
 
@@ -552,7 +462,7 @@ def zero3(group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, 
         **classifiers("zero3"),
         **of_courses(llama, data, "zero3"),
     )
-    made.train()
+    made.train_all()
     return made
 
 
@@ -569,7 +479,7 @@ def zero1(group: Any, deepspeed_operators: None, llama: Path, data: DatasetDict)
         whole=whole,
         **stopped_and_resumed("whole", whole),
     )
-    made.train()
+    made.train_all()
     return made
 
 
@@ -601,7 +511,7 @@ def zero2(
     )
     for name in MICRO_BATCHES:
         (made.folder / name / "stop").touch()
-    made.train()
+    made.train_all()
     return made
 
 
@@ -616,7 +526,7 @@ def resumed(zero2: Group, group: Any) -> Group:
         return run.model_copy(update={"spec": run.spec.model_copy(update={"training": training})})
 
     made: Group = group(**{name: functools.partial(resume, name) for name in MICRO_BATCHES})
-    made.train()
+    made.train_all()
     return made
 
 
@@ -770,7 +680,7 @@ def test_with_the_optimizer_on_the_cpu(
     strategy: str, group: Any, deepspeed_optimizer: None, llama: Path, data: DatasetDict, alone: Any
 ) -> None:
     made: Group = group(adapter=lambda root: two(root, llama, data, strategy=strategy))
-    made.train()
+    made.train_all()
     assert [m.code for m in made.ends("adapter")] == [0, 0]
     assert "6 steps, AdamW on the CPU by DeepSpeedCPUAdam, " in made.log("adapter")
     assert losses(made.runs["adapter"]) == pytest.approx(alone[0], abs=2e-4)
