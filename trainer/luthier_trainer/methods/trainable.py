@@ -28,7 +28,7 @@ from luthier_trainer.workspace.optimizer_state import Tensor, state_bytes
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 HALF = ("bfloat16", "float16")
 
@@ -42,13 +42,22 @@ def weights_of(
     """
     from luthier_trainer.models.heads import heads_of
 
-    model = skeleton(config, spec.task, MODEL)
+    model = used(config, spec.task)
     rows = (
         []
         if not new_tokens
         else [Tensor((new_tokens, model.get_submodule(name).weight.shape[1])) for name in token_tables(model)]
     )
     return weights_in(model, heads_of(model, spec.task), spec, plan, source_dtype(folder), rows)
+
+
+def used(config: PreTrainedConfig, task: str) -> PreTrainedModel:
+    """Return the model of a task on the meta device, without the modules that the task does not use."""
+    model = skeleton(config, task, MODEL)
+    for name in TASKS[task].unused:
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    return model
 
 
 def compute_of(config: PreTrainedConfig, spec: FineTuneJobSpec, length: float) -> Compute:
@@ -59,7 +68,7 @@ def compute_of(config: PreTrainedConfig, spec: FineTuneJobSpec, length: float) -
     from luthier_trainer.models.compute import of_tokens
     from luthier_trainer.models.heads import heads_of
 
-    model = skeleton(config, spec.task, MODEL)
+    model = used(config, spec.task)
     return with_adapters(of_tokens(model, config, length), model, heads_of(model, spec.task), spec)
 
 
