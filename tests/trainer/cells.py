@@ -35,7 +35,7 @@ STEPS = 4
 VOCABULARY = 400
 """Tokens of the smallest model: more numbers than an evaluation may keep of a row."""
 HEADS = ["classifier", "score", "qa_outputs", "pooler"]
-"""Modules that a job with a head does not quantise. Without them transformers leaves the last layer alone."""
+"""Modules that a job with a head does not quantise, or does not use. Else transformers leaves the last layer alone."""
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "lora": {"rank": 4},
     "qlora": {"rank": 4},
@@ -140,7 +140,8 @@ class Changes(TrainerCallback):
 
 def quantisation(cell: Cell) -> BitsAndBytesConfig | None:
     """As our own pages say that the base of an adapter rests."""
-    heads = HEADS if TASKS[cell["task"]].head else None
+    task = TASKS[cell["task"]]
+    heads = HEADS if task.head or task.unused else None
     kind = METHODS[cell["method"]].quantization or cell["quantization"]  # type: ignore[index]  # a text
     if kind == UNQUANTISED:
         return None
