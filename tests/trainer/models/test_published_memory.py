@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig
 
 from luthier_api.run import FineTuneRun
-from luthier_trainer.methods.apply import with_method
 from luthier_trainer.prepare.estimate import Request, answer
-from luthier_trainer.training.utilisation import count_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs"))
 import memory_tables
@@ -73,6 +70,16 @@ COUNTS = [
         all_weights=6_742_609_920,
     ),
     Count(
+        name="mt0-large, LoRA of rank 8 on q and v",
+        kind="mt5",
+        config=memory_tables.T5_V1_1
+        | {"vocab_size": 250_112, "d_model": 1024, "d_ff": 2816, "num_heads": 16, "tie_word_embeddings": False},
+        method={"type": "lora", "rank": 8, "targetModules": ["q", "v"]},
+        learning=2_359_296,
+        all_weights=1_231_940_608,
+        task="seq2seq",
+    ),
+    Count(
         name="ViT-base of Food-101, LoRA of rank 16, classifier trained whole",
         kind="vit",
         config={"num_labels": 101},
@@ -98,7 +105,9 @@ def test_a_plan_has_the_published_numbers_of_weights(case: Count, tmp_path: Path
     """As `luthier plan -o json` prints it."""
     folder, scratch = tmp_path / "model", tmp_path / "scratch"
     scratch.mkdir()
-    AutoConfig.for_model(case.kind, **case.config).save_pretrained(folder)
+    # Written as the Hub has it, because transformers corrects what a configuration says.
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": case.kind, **case.config}))
     given = {
         "task": case.task,
         "model": {"path": str(folder)},
@@ -112,12 +121,3 @@ def test_a_plan_has_the_published_numbers_of_weights(case: Count, tmp_path: Path
     assert plan["trainableParameters"] == case.learning
     assert plan["parameters"] + plan["trainableParameters"] == case.all_weights
     assert not case.notice or case.notice in found["notices"]
-
-
-def test_the_published_number_of_weights_of_mt0_large() -> None:
-    config = memory_tables.T5_V1_1 | {"vocab_size": 250_112, "d_model": 1024, "d_ff": 2816, "num_heads": 16}
-    model = memory_tables.skeleton("mt5", "Seq2SeqLM", config)
-    method = memory_tables.spec_of({"type": "lora", "rank": 8, "targetModules": ["q", "v"]}).method
-    with torch.device("meta"):
-        model = with_method(model, method, None, [], deepspeed=False)
-    assert count_weights(model.parameters()) == (2_359_296, 1_231_940_608)

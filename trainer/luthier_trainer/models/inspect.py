@@ -25,6 +25,10 @@ MODEL = "spec.model"
 # padding, or include padding in means and convolutions. No causal language model does.
 SEE_PADDING = {"canine", "convbert", "fnet", "nystromformer", "yoso"}
 
+# Set on a configuration that ties the output layer to the embedding, although the model has an output layer of its own.
+OWN_OUTPUT = "has_own_output"
+TIES = "tie_word_embeddings"
+
 
 def read_config(folder: Path, field: str) -> PreTrainedConfig:
     """Return the configuration of the model in `folder`.
@@ -46,10 +50,15 @@ def read_config(folder: Path, field: str) -> PreTrainedConfig:
             ExitCode.INVALID_SPEC, f"{field}: transformers has no architecture {kind!r}.{code} Choose another model"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture's class fails in its own way on values that it does not expect
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         raise Failure(ExitCode.INVALID_SPEC, f"{field}: config.json cannot be used: {what}") from error
+    # transformers 5.23 ties the output layer in each configuration of T5, mT5, umT5 and LongT5, whatever config.json
+    # says, and unties it when the files hold both weights.
+    if getattr(config, TIES, False) and raw.get(TIES) is False:
+        setattr(config, OWN_OUTPUT, True)
+    return config
 
 
 def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrainedModel:
@@ -63,12 +72,16 @@ def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrain
     auto = auto_class(task) if task else AutoModel
     try:
         with torch.device("meta"):
-            return auto.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = auto.from_config(copy.deepcopy(config))
     except Exception as error:  # each architecture checks its own configuration, with exceptions of its own
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: no model can be built: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
         ) from error
+    output = model.get_output_embeddings()
+    if getattr(config, OWN_OUTPUT, False) and output is not None:
+        output.weight = torch.nn.Parameter(torch.empty_like(output.weight))
+    return model
 
 
 def auto_class(task: str) -> Any:

@@ -6,11 +6,13 @@ Each function restores what transformers does for a model that is not sharded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, modeling_utils
 
 from luthier_trainer.models.weight_files import safetensors_header
 
@@ -48,3 +50,28 @@ def keep_used_conversions(model: Any) -> None:
         model._weight_conversions = [
             conversion for conversion in used if NOT_LOADED not in conversion.target_patterns[0]
         ]
+
+
+@contextmanager
+def whole_ties() -> Iterator[None]:
+    """Within this context, `from_pretrained` compares tied weights whole.
+
+    If the files hold both of two tied weights, transformers ties them only where they are equal: T5 of version 1.1,
+    mT5 and mT0 have an output layer of their own, although their configuration ties it. Under ZeRO-3 it compares two
+    parameters that are empty until they are gathered, and would replace the output layer by the embedding.
+    """
+    compare = modeling_utils._tied_params_are_equal
+
+    def gathered(source: torch.Tensor, target: torch.Tensor) -> bool:
+        if not hasattr(source, "ds_id"):
+            return bool(compare(source, target))
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([source, target]):
+            return bool(compare(source, target))
+
+    modeling_utils._tied_params_are_equal = gathered
+    try:
+        yield
+    finally:
+        modeling_utils._tied_params_are_equal = compare

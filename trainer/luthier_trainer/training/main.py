@@ -38,7 +38,7 @@ from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.trainable import HALF, source_dtype
 from luthier_trainer.models import varlen
 from luthier_trainer.models.quantised_base import check_rows
-from luthier_trainer.models.zero3 import keep_used_conversions
+from luthier_trainer.models.zero3 import keep_used_conversions, whole_ties
 from luthier_trainer.runtime.devices import fitting_attention, use_tf32
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -163,7 +163,8 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         whole_logits=prepared.whole_logits is not None,
         folder=workspace.prepared / "kept",
     )
-    loaded = task.load_model(context)
+    with whole_ties():
+        loaded = task.load_model(context)
     if arguments.device.type == "cpu":
         check_rows(loaded.model, "spec.model", "Use method.type: lora without model.quantization, or a GPU")
     keep_used_conversions(loaded.model)
