@@ -57,6 +57,13 @@ from luthier_trainer.workspace.prepared import read_prepared
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
+# Their groups of runs take minutes. DDP and ZeRO-3 show the same faults of our own code first.
+SLOW = ("zero1", "zero2")
+
+
+def param(case: Any, strategy: str, name: str) -> Any:
+    """A case, which is slow with some strategies."""
+    return pytest.param(*case, id=name, marks=[pytest.mark.slow] if strategy in SLOW else [])
 
 
 @pytest.fixture(scope="module")
@@ -555,7 +562,7 @@ def test_two_processes_are_one(ddp: Group, alone: Any) -> None:
         assert (ended[0].metrics or {})[figure] == pytest.approx(alone[1][figure], abs=1e-4)
 
 
-@pytest.mark.parametrize("case", PREFERRING, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in PREFERRING])
 def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRequest) -> None:
     made: Group = request.getfixturevalue(case.strategy)
     run = made.runs[case.name]
@@ -574,7 +581,7 @@ def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRe
     assert types[0] == types[1]
 
 
-@pytest.mark.parametrize("case", [case for case in PREFERRING if case.stopped], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in PREFERRING if case.stopped])
 def test_two_stopped_processes_go_on_to_the_last_bit(case: Preferring, request: pytest.FixtureRequest) -> None:
     made: Group = request.getfixturevalue(case.strategy)
     name = case.name
@@ -655,6 +662,7 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "job/result")
 
 
+@pytest.mark.slow
 def test_zero1(zero1: Group, llama: Path, alone: Any) -> None:
     """The losses of one process; of all weights on after a stop, to the last bit; and files as large as was planned."""
     assert [m.code for m in zero1.ends("adapter")] == [0, 0]
@@ -665,6 +673,7 @@ def test_zero1(zero1: Group, llama: Path, alone: Any) -> None:
     writes_what_was_foreseen(zero1.runs["whole"], llama)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MICRO_BATCHES)
 def test_zero2(name: str, zero2: Group, resumed: Group, alone: Any) -> None:
     """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process."""
@@ -708,7 +717,7 @@ def test_with_the_optimizer_on_the_cpu(
     assert losses(made.runs["adapter"]) == pytest.approx(alone[0], abs=2e-4)
 
 
-@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in CLASSIFIERS])
 def test_two_processes_are_one_classifier(case: Case, request: pytest.FixtureRequest) -> None:
     """Each takes two micro-batches a step; the mean is over the rows of all."""
     group: Group = request.getfixturevalue(case.strategy)
@@ -759,8 +768,12 @@ def alone_in_course(llama: Path, data: DatasetDict, tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize(
     ("course", "strategy"),
-    [(course, strategy) for course in COURSES for strategy in course.strategies if strategy != "ddp"],
-    ids=lambda value: value.name if isinstance(value, Course) else value,
+    [
+        param((course, strategy), strategy, f"{course.name}-{strategy}")
+        for course in COURSES
+        for strategy in course.strategies
+        if strategy != "ddp"
+    ],
 )
 def test_a_course_is_the_same_with_deepspeed(
     course: Course, strategy: str, alone_in_course: Any, request: pytest.FixtureRequest

@@ -25,6 +25,8 @@ from luthier_trainer.models.new_tokenizer import train_tokenizer
 from luthier_trainer.prepare.main import LABELS_SHOWN_BYTES, main
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.tasks.causal_lm import CausalLM
+from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
 
 MakeRun = Callable[..., FineTuneRun]
@@ -98,6 +100,33 @@ def test_captions_of_an_image_folder_are_text(make_run: MakeRun, tmp_path: Path)
     )
     record, _ = prepared(make_run(dataset={"files": [str(folder)], "format": "imagefolder"}))
     assert record.dataset.rows == 8
+
+
+@pytest.mark.parametrize(("free", "encoded"), [(1.4, [500]), (1.8, [500, 12_000])])
+def test_a_sample_of_the_rows_tells_whether_all_of_them_fit(
+    free: float, encoded: list[int], make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written twice, and refused if not even four fifths of that fit. `free`: in sizes of the encoded rows."""
+    rows = [{"text": "word " * (1 + i % 40)} for i in range(12_000)]
+    run = make_run(dataset={"files": [write(tmp_path, "rows.jsonl", rows)]})
+    seen: list[int] = []
+    encode = CausalLM.encode
+
+    def counted(task: CausalLM, rows: Any, *args: Any) -> Any:
+        seen.append(len(rows.data))
+        data = encode(task, rows, *args)
+        if len(data) == len(rows.data) == 12_000:
+            raise Failure(ExitCode.TRAINING_ERROR, "all rows were encoded")
+        return data
+
+    record, _ = prepared(make_run("before", dataset={"files": [str(tmp_path / "rows.jsonl")]}))
+    size = sum(file.stat().st_size for file in Path(record.dataset_path).rglob("*.arrow"))
+    monkeypatch.setattr(CausalLM, "encode", counted)
+    monkeypatch.setattr(space, "volume", lambda folder: (round(free * size), 10 * size))
+    message = "12,000 rows, encoded, need about" if len(encoded) == 1 else "all rows were encoded"
+    with pytest.raises(Failure, match=message):
+        main(run)
+    assert seen == encoded
 
 
 def test_globs_columns_and_slices(make_run: MakeRun, tmp_path: Path) -> None:

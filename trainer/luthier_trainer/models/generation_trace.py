@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,63 @@ def written(forward: Any, generation: Generation, rows: int) -> None:
         input_ids=ids[:, -1:], attention_mask=torch.empty_like(ids), past_key_values=kept, use_cache=True, **only_last
     )
     choose(generation, found)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What an encoder-decoder writes: a text for each source, by beam search or, with one beam, greedily."""
+
+    source: int
+    """Tokens of the longest source."""
+    text: int
+    """Tokens of the longest text."""
+    beams: int
+
+
+def searched(forward: Any, search: Search, rows: int) -> None:
+    """Compute the encoder's pass, and the first and the last token of texts on the meta device.
+
+    Each beam has the keys and values of its own text, and of a copy of the encoder's outputs (transformers 5.23).
+    `forward`: a `models.memory.Forward`.
+    """
+    on_meta = {"dtype": torch.int64, "device": "meta"}
+    source = torch.empty((rows, search.source), **on_meta)
+    first = torch.empty((rows, 1), **on_meta)
+    read = forward(input_ids=source, attention_mask=torch.empty_like(source), decoder_input_ids=first, use_cache=False)
+    hidden = read["encoder_last_hidden_state"].repeat_interleave(search.beams, dim=0)
+    del read
+    beside = {
+        "encoder_outputs": BaseModelOutput(last_hidden_state=hidden),
+        "attention_mask": source.repeat_interleave(search.beams, dim=0),
+        "use_cache": True,
+    }
+    token = torch.empty((rows * search.beams, 1), **on_meta)
+    found = forward(decoder_input_ids=token, **beside)
+    before = choose_beams(search, found)
+    kept = found["past_key_values"]
+    del found
+    for layer in kept.self_attention_cache.layers:
+        grow(layer, search.text - 1)
+    found = forward(decoder_input_ids=token, past_key_values=kept, **beside)
+    choose_beams(search, found)
+    del before
+    if search.beams > 1:
+        kept.reorder_cache(torch.empty(rows * search.beams, **on_meta))
+
+
+def choose_beams(search: Search, outputs: Any) -> list[torch.Tensor]:
+    """Choose the next tokens of each row's beams, as `generate` of transformers 5.23 does it.
+
+    Returns what it keeps until the tokens after them are chosen.
+    """
+    logits = outputs["logits"][:, -1].to(torch.float32, copy=True)
+    if search.beams == 1:
+        torch.argmax(logits, dim=-1)
+        return [logits]
+    scores = torch.log_softmax(logits, dim=-1)
+    scores = scores.view(-1, search.beams, scores.shape[-1]) + torch.empty(1, device=scores.device)
+    torch.topk(scores.flatten(1), k=2 * search.beams)
+    return [logits, scores]
 
 
 def choose(generation: Generation, outputs: Any) -> None:

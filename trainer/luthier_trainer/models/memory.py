@@ -50,6 +50,11 @@ class Forward:
         self._autocast.forget()
         return outputs if self._autocast.dtype is None else in_fp32(outputs)
 
+    def of_base(self) -> Forward:
+        """Return the same for the model inside an adapter of PEFT, which has the adapter's layers."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return Forward(model, self._autocast)
+
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Compute without gradients, and without the adapter where there is one."""
@@ -83,6 +88,8 @@ class Trial:
     """Other models of the step, which are frozen, with the types that they have in the training."""
     writes: Generation | None = None
     """What the model writes before a step learns from it."""
+    evaluates: Callable[[Forward, dict[str, Any]], object] | None = None
+    """What an evaluation computes of a batch, if that may hold more than a step does."""
 
     @property
     def padded(self) -> bool:
@@ -165,19 +172,21 @@ def facts_of(
             if not kind or can_recompute(trial.model)
             for step in steps_of(model, trial, replace(setting, checkpointing=kind))
         ]
-        written = written_facts(model, trial, trial.writes, setting) if trial.writes else {}
+        beside = moments_beside(model, trial, setting)
     except Exception as error:  # each architecture fails in its own way where it reads values, which meta tensors lack
         what = " ".join(str(error).split())[:SHOWN]
         return facts.model_copy(update={"missing": f"{type(error).__name__}: {what}"})
-    return facts.model_copy(update={"steps": steps, **written})
+    return facts.model_copy(update={"steps": steps, **beside})
 
 
-def written_facts(model: Any, trial: Trial, writes: Generation, setting: Setting) -> dict[str, list[Moment]]:
-    """Return what is held while the model writes, and in an evaluation of what it has written."""
-    return {
-        "writing": lines_of(lambda rows: generated(model, writes, rows, setting)),
-        "evaluating": lines_of(lambda rows: evaluated(model, trial, rows, setting)),
-    }
+def moments_beside(model: Any, trial: Trial, setting: Setting) -> dict[str, list[Moment]]:
+    """Return what is held beside steps: while the model writes what they learn from, and in an evaluation."""
+    found = {}
+    if writes := trial.writes:
+        found["writing"] = lines_of(lambda rows: generated(model, writes, rows, setting))
+    if trial.writes or trial.evaluates:
+        found["evaluating"] = lines_of(lambda rows: evaluated(model, trial, rows, setting))
+    return found
 
 
 def steps_of(model: Any, trial: Trial, setting: Setting) -> Iterator[StepMemory]:
@@ -265,11 +274,12 @@ def traced(model: Any, trial: Trial, rows: int, setting: Setting) -> Step:
 
 
 def evaluated(model: Any, trial: Trial, rows: int, setting: Setting) -> Step:
-    """Run a step without gradients on the meta device, as an evaluation does."""
+    """Compute a batch without gradients on the meta device, as an evaluation does."""
     inputs = inputs_of(trial, rows, setting)
     ledger, autocast = prepared(model, inputs.values(), setting)
     with torch.no_grad(), checkpointing(model, False), autocast.in_place(), ledger, autocast:
-        trial.computed(Forward(model, autocast), inputs)
+        model.eval()
+        (trial.evaluates or trial.computed)(Forward(model, autocast), inputs)
     return Step(0, ledger.moments, ledger.kernels, ledger.moved)
 
 

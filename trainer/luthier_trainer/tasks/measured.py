@@ -84,7 +84,9 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     `logits`: [rows, tokens, classes]. `labels`: int64 [rows, tokens], in which `IGNORED` does not count.
     """
-    losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    # Classes stay the last dimension: torch would copy all logits to compute along another one.
+    flat = logits.float().flatten(0, 1)
+    losses = cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels)
     return torch.stack([losses.double().sum(dim=1), labels.ne(IGNORED).double().sum(dim=1)], dim=1)
 
 

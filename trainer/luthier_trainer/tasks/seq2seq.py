@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-    from luthier_trainer.models.memory import Trial
+    from luthier_trainer.models.memory import Forward, Trial
 
 COLUMNS = "spec.dataset.columns"
 ROLES = ("source", "target")
@@ -133,7 +133,9 @@ class Seq2Seq(LabelledBatches, TextTask):
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
         import torch
 
+        from luthier_trainer.models.generation_trace import Search, searched
         from luthier_trainer.models.memory import Trial
+        from luthier_trainer.tasks.measured import token_losses
 
         made = inspect.skeleton(_with_start(model.config), self.task, inspect.MODEL)
         read, written = [spec.training.max_length], [spec.seq2seq.max_target_length]
@@ -146,8 +148,18 @@ class Seq2Seq(LabelledBatches, TextTask):
                 beside = {"attention_mask": torch.empty_like(source), "decoder_input_ids": torch.empty_like(target)}
                 return {"input_ids": source, "labels": target, **beside}
 
+        def evaluate(forward: Forward, given: dict[str, Any]) -> None:
+            labels = given.pop("labels")
+            outputs = forward(**given, use_cache=False)
+            token_losses(outputs["logits"], labels)
+            searched(forward.of_base(), search, len(labels))
+            del outputs  # which are held while the model writes
+
+        search = Search(max(read), spec.seq2seq.max_target_length, spec.seq2seq.beams)
         mixed = rows is None or min(read) < max(read) or min(written) < max(written)
-        return Trial(made, batch, self._loss(spec), [], max(read) + max(written), mixed)
+        longest = max(read) + max(written)
+        evaluates = evaluate if search.beams else None
+        return Trial(made, batch, self._loss(spec), [], longest, mixed, evaluates=evaluates)
 
     def tokens_a_row(self, spec: FineTuneJobSpec, rows: Dataset | None) -> float:
         if rows:
