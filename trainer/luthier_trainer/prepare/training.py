@@ -229,7 +229,8 @@ def check_room_for_rows(
 ) -> None:
     """Check that the encoded rows fit the volume that `folder` is on, before all of them are encoded.
 
-    Some rows at random, the same each time, tell the size of all. Few rows are encoded at once. Raises Failure(STORAGE_ERROR).
+    Some rows at random, the same each time, tell the size of all. Few rows are encoded at once.
+    Raises Failure(STORAGE_ERROR).
     """
     import numpy
 
