@@ -15,6 +15,7 @@ BENCHMARKS = (
     "jobs",
     "writes",
     "memory",
+    "loading",
     "startup",
     "tokenizing",
     "images",

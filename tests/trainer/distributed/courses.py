@@ -154,8 +154,8 @@ class History:
 
 def weights(run: FineTuneRun) -> dict[str, torch.Tensor]:
     """What has been delivered."""
-    (file,) = (Path(run.workspace) / "result").glob("*.safetensors")
-    return load_file(file)
+    files = (Path(run.workspace) / "result").glob("*.safetensors")
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def in_memory(name: str) -> str:

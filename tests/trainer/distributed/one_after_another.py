@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ from trl import GRPOTrainer
 from luthier_api.run import read_run
 from luthier_api.variables import Variables
 from luthier_trainer import worker
+from luthier_trainer.models.saving import write_weights
 from luthier_trainer.runtime.run_folder import STOP_FILE, write_result
+from luthier_trainer.training import resilience
 
 FOLDERS = "LUTHIER_TEST_RUN_FOLDERS"
 STOP_AT = "stop-at"
 """A file in the folder of a run that is told to stop in the step that it names."""
 FIXED = "fixed-completions"
 """A file in the folder of a run whose completions follow from their prompts."""
+SMALL_FILES, FILE_BYTES = "small-files", 100_000
+"""A file in the folder of a run whose result is written in files of so many bytes, as that of a large model is."""
 
 
 def begins(folder: Path) -> str:
@@ -84,6 +89,8 @@ def main() -> None:
         if (Path(folder) / FIXED).exists():
             fix_completions(setattr)
         work = worker.load("train", run)
+        if (Path(folder) / SMALL_FILES).exists():
+            resilience.write_weights = partial(write_weights, file_bytes=FILE_BYTES)
         if quantises:
             sys.modules["bitsandbytes"] = quantises
         try:
@@ -93,6 +100,7 @@ def main() -> None:
             traceback.print_exc()
             failed = True
         GRPOTrainer._generate_single_turn = own
+        resilience.write_weights = write_weights
     worker.leave(int(failed))
 
 

@@ -50,6 +50,17 @@ def test_what_learns_is_kept_in_fp32(precision: str, tiny_model: Path) -> None:
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {options["dtype"]}
 
 
+@pytest.mark.parametrize(("device", "straight"), [("cpu", False), ("cuda:0", True)])
+def test_weights_are_read_straight_to_a_gpu(device: str, straight: bool, tiny_model: Path) -> None:
+    """They are those that are read on the CPU, new ones apart, which a GPU would draw by a generator of its own."""
+    options = weights_options(method_of(type="full"), "bf16", deepspeed=False, device=torch.device(device))
+    assert options.pop("device_map", None) == ({"": torch.device(device)} if straight else None)
+    plain = loaded("causal-lm", tiny_model, **options).model
+    mapped = loaded("causal-lm", tiny_model, **options, device_map={"": torch.device("cpu")}).model
+    weights = mapped.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
+
+
 @dataclass(frozen=True)
 class PlainCase:
     name: str

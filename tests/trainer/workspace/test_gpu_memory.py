@@ -9,6 +9,7 @@ import pytest
 
 from luthier_api.run import FineTuneRun, Gpu, MemoryFacts, Moment, StepMemory, Weights
 from luthier_api.status import Plan
+from luthier_trainer.workspace import gpu_memory
 from luthier_trainer.workspace.gpu_memory import peak, tensors, without_model
 
 PREFERENCE: dict[str, Any] = {"task": "preference"}
@@ -211,3 +212,42 @@ def test_offload_moves_states_from_the_gpus_to_the_node() -> None:
     moved = SEVEN * (2 + 2 + 4 + 8) / 8
     assert spread.gpu_bytes - offloaded.gpu_bytes == pytest.approx(moved, abs=8)
     assert offloaded.host_bytes > SEVEN * (2 + 4 + 4 + 8)
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """What the 8 processes of a pod hold beside their libraries and loaders, of a model of 7 B weights."""
+
+    name: str
+    held: int
+    method: str = "full"
+    strategy: str = "ddp"
+    largest_unit: int = 500_000_000
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+FILE = gpu_memory.FILE_BYTES
+HOST_CASES = [
+    HostCase(name="files are larger than what is read at once", held=2 * FILE, largest_unit=10_000_000),
+    HostCase(name="two parts are read by each process", held=8 * 2 * 500_000_000 * 4),
+    HostCase(name="the frozen base is in 16 bits", held=8 * 2 * 500_000_000 * 2, method="lora"),
+    HostCase(name="shards are read like that, too", held=8 * 2 * 500_000_000 * 4, strategy="zero3"),
+    HostCase(name="never more than the model", held=8 * SEVEN * 4, largest_unit=SEVEN),
+    HostCase(name="a model whose parts are not known", held=8 * SEVEN * 4, largest_unit=0),
+    HostCase(name="diffusers loads all of it", held=8 * SEVEN * 2, method="lora", spec={"task": "text-to-image"}),
+    HostCase(
+        name="what is offloaded is there when a file is written",
+        held=SEVEN * (4 + 4 + 8 + 2) + 2 * FILE,
+        strategy="zero3-offload",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
+def test_no_process_of_a_gpu_holds_a_whole_model_on_the_host(case: HostCase) -> None:
+    given = run(None, method={"type": case.method}, **case.spec)
+    own = gpu_memory.PROCESS_BYTES["gpu"] + gpu_memory.LOADERS * gpu_memory.LOADER_BYTES
+    found = without_model(given.spec, weights(SEVEN if case.method == "full" else LORA), "not computed")
+    found = found.model_copy(update={"largest_unit": case.largest_unit})
+    memory = peak(given.spec, Plan(strategy=case.strategy, world_size=8), found)
+    assert memory.host_bytes - 8 * own == pytest.approx(case.held, abs=8)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
@@ -40,16 +41,16 @@ def weights_options(
 
     Frozen weights are stored in the precision of the computation, or quantised. Trainable weights are stored in fp32,
     or as `parameter_precision` says, and 16-bit computations use autocast. DeepSpeed keeps the fp32 copy itself and
-    needs one dtype for all weights.
+    needs one dtype for all weights. They are read straight to a GPU, tensor by tensor: otherwise each process would
+    hold a whole model in fp32 on the host first. ZeRO-3 reads its shards by itself.
     """
     frozen = METHODS[method.type].adapter
     stored = precision if frozen or deepspeed else parameter_precision or "fp32"
     options: dict[str, Any] = {"dtype": DTYPES[stored], **OWN_WEIGHTS}
     if quantization:
-        options |= {
-            "quantization_config": settings(quantization.type, precision),
-            "device_map": {"": device},
-        }
+        options["quantization_config"] = settings(quantization.type, precision)
+    if quantization or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
+        options["device_map"] = {"": device}
     return options
 
 

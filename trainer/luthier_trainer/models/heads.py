@@ -172,16 +172,17 @@ def shown(labels: list[str]) -> str:
     return ", ".join(labels[:SHOWN]) + ", ..." * (len(labels) > SHOWN)
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> Any:
-    """Return a context in which the parameters are whole where ZeRO-3 has sharded them over the processes.
+def gathered(weights: list[torch.Tensor], changed: bool = True) -> Any:
+    """Return a context in which weights of a model are whole where ZeRO-3 has sharded them over the processes.
 
-    At its end, the values that rank 0 has written are distributed to all processes. Without ZeRO-3 it does nothing.
+    `changed`: whether, at its end, the values that rank 0 has written are distributed to all processes. Without ZeRO-3
+    it does nothing.
     """
     if not zero.is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if changed else None)
 
 
 def heads_of(model: PreTrainedModel, task: str) -> list[str]:

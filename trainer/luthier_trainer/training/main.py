@@ -165,6 +165,10 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     )
     with whole_ties():
         loaded = task.load_model(context)
+    if spec.model.quantization is None and hasattr(loaded.model, "hf_device_map"):
+        # transformers' Trainer takes a model with such a map for one of several devices, and moves nothing to its GPU,
+        # not even adapters that are added later.
+        del loaded.model.hf_device_map
     if arguments.device.type == "cpu":
         check_rows(loaded.model, "spec.model", "Use method.type: lora without model.quantization, or a GPU")
     keep_used_conversions(loaded.model)

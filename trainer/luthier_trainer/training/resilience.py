@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
@@ -27,6 +27,7 @@ from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.methods.state import MethodState
 from luthier_trainer.models.inspect import counts
+from luthier_trainer.models.saving import write_weights
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
 from luthier_trainer.runtime.notices import notice
@@ -461,10 +462,16 @@ class Resilient(Base):
             if self.args.should_save:
                 self.method_state.save(Path(output_dir or self.args.output_dir))
             return
+        if self.is_deepspeed_enabled and isinstance(self.model, PreTrainedModel):
+            self._save(output_dir)  # transformers would have all weights on the host of rank 0 before it writes any
+            return
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        whole = isinstance(self.model, PreTrainedModel)
+        super()._save(output_dir, {} if whole else state_dict)
+        if whole and (self.args.should_save or is_deepspeed_zero3_enabled()):
+            write_weights(self.model, Path(output_dir or self.args.output_dir), writes=self.args.should_save)
         if self.args.should_save:
             # This file is a pickle: nothing reads it, and unpickling a file can execute code.
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def short_of_memory(best: Layout, limits: Limits) -> list[str]:
         return []
     return [
         f"resources.memory: {space.amount(limits.host)}, and the processes of a pod take about"
-        f" {space.amount(best.memory.host_bytes)} while they load the model"
+        f" {space.amount(best.memory.host_bytes)} while they load or save the model"
     ]
 
 

@@ -15,6 +15,7 @@ from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.optimizers import OptimizerName
 from luthier_api.run import MemoryFacts, Moment, StepMemory, Weights
 from luthier_api.status import Memory, Plan
+from luthier_api.tasks import TASKS
 from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket, within_node
 
 FP32, HALF = 4, 2
@@ -27,7 +28,8 @@ MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered (stage3_max_live_
 PROCESS_BYTES = {"gpu": 5 * GIB // 2, "cpu": GIB * 6 // 10}  # of Python, torch and, for GPUs, CUDA's part
 LOADER_BYTES = 3 * GIB // 10  # of a process that loads data
 LOADERS = 2
-SHARD_BYTES = 5_000_000_000  # of a file of weights: transformers' default
+FILE_BYTES = 5_000_000_000  # of a file of weights that is written, unless one layer has more
+READ_AT_ONCE = 2  # of the largest parts, which transformers' threads may hold at the same time
 
 STEP_BYTES: Mapping[OptimizerName, Callable[[MemoryFacts], int]] = {
     "adamw_torch_fused": lambda facts: 0,  # the kernel reads and writes in place
@@ -237,27 +239,47 @@ def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
 
 
 def host(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
-    """Return the bytes of a pod's own memory: of its processes, what they load, and what is offloaded.
+    """Return the bytes of a pod's own memory: of its processes, what they read or write, and what is offloaded.
 
-    Each process reads a whole model before it moves it to its GPU; quantised ones, file by file. What is offloaded is
-    there for the whole training: weights that learn and their gradients in fp32, Adam's two moments, and with ZeRO-3
-    all weights. On a CPU the training itself is there.
+    What is offloaded is there for the whole training: weights that learn and their gradients in fp32, Adam's two
+    moments, and with ZeRO-3 all weights. On a CPU the training itself is there.
     """
     processes = spec.resources.processes
     cpu = not spec.resources.gpus_per_node
     if cpu:
         fullest = {name: size for name, size in most(spec, plan, facts).items() if name != "fragments"}
         return processes * (PROCESS_BYTES["cpu"] + sum(always(spec, plan, facts).values()) + sum(fullest.values()))
-    loading = facts.total * facts.rest_bytes
-    if facts.quantised:
-        loading = min(loading, SHARD_BYTES)
     offloaded = 0.0
     if "offload" in plan.strategy:
         offloaded = facts.learning * (FP32 + FP32 + 2 * FP32) / plan.world_size
         if ZERO_STAGE[plan.strategy] == 3:
             offloaded += facts.total * facts.computed_bytes / plan.world_size
     own = PROCESS_BYTES["gpu"] + LOADERS * LOADER_BYTES
-    return math.ceil(processes * (own + max(loading, offloaded)))
+    held = max(processes * reading(spec, facts), processes * offloaded + writing(spec, facts))
+    return math.ceil(processes * own + held)
+
+
+def reading(spec: FineTuneJobSpec, facts: MemoryFacts) -> int:
+    """Return the bytes on the host that a process with a GPU holds while it loads the model.
+
+    transformers reads files that are mapped to memory, tensor by tensor, straight to the GPU or to the shards of
+    ZeRO-3. A model of diffusers is on the host as a whole before it is moved.
+    """
+    whole = facts.total * facts.rest_bytes
+    if TASKS[spec.task].library == "diffusers" or not facts.largest_unit:
+        return whole
+    return min(whole, READ_AT_ONCE * facts.largest_unit * facts.rest_bytes)
+
+
+def writing(spec: FineTuneJobSpec, facts: MemoryFacts) -> int:
+    """Return the bytes that the process that saves holds: a file of weights, and once more in the form for the file.
+
+    With adapters only what learns is saved.
+    """
+    if METHODS[spec.method.type].adapter:
+        return facts.learning * FP32
+    whole = facts.total * facts.rest_bytes
+    return min(whole, 2 * max(FILE_BYTES, facts.largest_unit * facts.rest_bytes))
 
 
 def without_model(spec: FineTuneJobSpec, weights: Weights, reason: str) -> MemoryFacts:
