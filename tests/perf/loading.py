@@ -96,10 +96,10 @@ def run_of(case: Case, root: Path, model: Path) -> FineTuneRun:
     )
 
 
-def held(process: psutil.Process) -> tuple[int, int]:
+def held(pid: int) -> tuple[int, int]:
     """Return (bytes that only this process can give up, bytes of files that it has mapped)."""
     try:
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
     found = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Rss")}
@@ -110,11 +110,8 @@ def measured(case: Case, root: Path, model: Path) -> dict[str, Any]:
     run = run_of(case, root, model)
     record = prepare(run, root, time.monotonic() + SECONDS)
     samples = trained(run, record, root)
-    marks = {
-        document["pid"]: document["ended"]
-        for rank in range(case.processes)
-        for document in [json.loads((root / MARKS.format(rank=rank)).read_text())]
-    }
+    documents = [json.loads((root / MARKS.format(rank=rank)).read_text()) for rank in range(case.processes)]
+    marks = {document["pid"]: document["ended"] for document in documents}
     ended = {name: max(each[name] for each in marks.values()) for name in next(iter(marks.values()))}
     begin, phases = 0.0, {}
     for name, end in ended.items():
@@ -130,7 +127,14 @@ def measured(case: Case, root: Path, model: Path) -> dict[str, Any]:
     peak = max(phase["podMiB"] for phase in phases.values())
     memory = record.plan.memory
     planned = memory.host_bytes // MIB if memory else 0
-    return {"phases": phases, "peakMiB": peak, "plannedMiB": planned, "ratio": round(peak / planned, 2)}
+    loaded = [document["loaded"] // MIB for document in documents]
+    return {
+        "phases": phases,
+        "loadedMiB": loaded,
+        "peakMiB": peak,
+        "plannedMiB": planned,
+        "ratio": round(peak / planned, 2),
+    }
 
 
 def changed_weights(model: Path, result: Path) -> list[str]:
@@ -158,7 +162,7 @@ def trained(run: FineTuneRun, record: PreparedRecord, root: Path) -> list[tuple[
                 looked = time.monotonic()
                 top = psutil.Process(started.pid)
                 processes = [top, *top.children(recursive=True)]
-            samples.append((time.monotonic(), {process.pid: held(process) for process in processes}))
+            samples.append((time.monotonic(), {process.pid: held(process.pid) for process in processes}))
             time.sleep(EVERY)
         if started.poll() != 0:
             started.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perf.loading import FILE_BYTES, MARKS
+from perf.loading import FILE_BYTES, MARKS, held
 from transformers import TrainerCallback
 
 from luthier_api.run import read_run
@@ -26,10 +27,15 @@ class Marks(TrainerCallback):
 
     def __init__(self) -> None:
         self.ended: dict[str, float] = {}
+        self.loaded = 0
+        """Bytes that the process needs once the model is loaded."""
         self.loop: Any = None
 
     def on_init_end(self, *_: Any, **__: Any) -> None:
         self.ended["loading"] = time.monotonic()
+        # What torch has freed, and the C library keeps for later, is given back first.
+        ctypes.CDLL(None).malloc_trim(0)
+        self.loaded = held(os.getpid())[0]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.ended["beginning"] = time.monotonic()
@@ -46,7 +52,7 @@ def main() -> None:
     training.main(run, [marks])
     marks.ended["saving"] = time.monotonic()
     path = run_dir() / MARKS.format(rank=global_rank())
-    path.write_text(json.dumps({"pid": os.getpid(), "ended": marks.ended}))
+    path.write_text(json.dumps({"pid": os.getpid(), "ended": marks.ended, "loaded": marks.loaded}))
     worker.leave(0)
 
 
