@@ -56,10 +56,4 @@ bench: setup  ## the figures of docs/benchmarks.md, as JSON
 exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (20 minutes)
 	PYTHONPATH=tests $(PYTHON) -m perf exactness
 
-survival: setup  ## trainings that are told to stop and killed at random moments, as JSON (20 minutes)
-	PYTHONPATH=tests $(PYTHON) -m perf survival
-
-matrix: setup  ## every cell of docs/matrix.md is prepared, trained and loaded, with each strategy (an hour)
-	$(PYTEST) -n 2 --dist load tests/trainer/test_matrix.py --all-cells
-
-.PHONY: help setup demo test lint generate cluster images e2e bench exactness gpu survival matrix
+.PHONY: help setup demo test lint generate cluster images e2e bench exactness gpu

@@ -1,4 +1,4 @@
-"""Whether trainings survive: `make survival`, about 20 minutes on two cores.
+"""Whether trainings survive: `PYTHONPATH=tests python -m perf survival`, about 20 minutes on two cores.
 
 Stops: two pods of one training get SIGTERM up to a second apart, in steps, saves and evaluations and before the first
 step. Both have to leave with 75 at one step. Kills: a training is killed with SIGKILL at random moments, and each
