@@ -19,16 +19,15 @@ from typing import Any
 
 from luthier_api.decides import planned_part, result_part
 from luthier_api.exitcodes import ExitCode
-from luthier_api.kinds import JobKind
+from luthier_api.kinds import JobKind, source_of
 from luthier_api.run import RUNS, FineTuneRun, GenerateRun, read_run
 from luthier_api.secrets import VARIABLES, references, variables_of
 from luthier_api.status import PHASES, Phase
 from luthier_api.validation import InvalidJob, check_job
 from luthier_api.variables import Variables
-from luthier_api.workspace import WorkspaceFolder
+from luthier_api.workspace import WorkspaceFolder, shard_manifests
 from luthier_cli.manifests import Manifest, Refused
 from luthier_operator.workloads.base import Workload, plural
-from luthier_operator.workloads.sources import SOURCE_KIND
 
 RUN_FILE = "run.json"
 
@@ -122,7 +121,7 @@ class LocalJob:
 
     def run_config(self, rendezvous_port: int) -> FineTuneRun | GenerateRun:
         """Return the run config of the job on this machine."""
-        sources = {name: str(self.place.folder(name)) for name in self.workload.sources.values()}
+        sources = {name: str(self.place.folder(source_of(name)[1])) for name in self.workload.sources.values()}
         run = {
             "kind": self.kind.value,
             "name": self.name,
@@ -244,6 +243,13 @@ def on_cpu(manifest: Manifest) -> Manifest:
         raise Refused([f"{manifest.file}: without GPUs (--cpu): {problem}" for problem in error.problems]) from None
 
 
+def has_result(folder: WorkspaceFolder, kind: JobKind) -> bool:
+    """Whether the folder of a job of this kind holds its whole result."""
+    if kind is JobKind.FINE_TUNE:
+        return folder.result_manifest.exists()
+    return bool(shard_manifests(folder))
+
+
 def check_place(
     jobs: list[LocalJob],
     environ: dict[str, str],
@@ -258,8 +264,8 @@ def check_place(
     problems: list[tuple[ExitCode, str]] = []
     for i, job in enumerate(jobs):
         spec, file = job.manifest.job.spec, job.manifest.file
-        for field, name in job.workload.sources.items():
-            earlier = any(j.name == name and j.kind is SOURCE_KIND for j in jobs[:i])
+        for field, (kind, name) in ((f, source_of(source)) for f, source in job.workload.sources.items()):
+            earlier = any(j.name == name and j.kind is kind for j in jobs[:i])
             if earlier and not plan_only:
                 continue
             if any(j.name == name for j in jobs[i:]):
@@ -269,7 +275,7 @@ def check_place(
                         f"{file}: {field}: {name!r} comes later on the command line; name its file first",
                     )
                 )
-            elif not WorkspaceFolder(job.place.folder(name)).result_manifest.exists():
+            elif not has_result(WorkspaceFolder(job.place.folder(name)), kind):
                 what_now = (
                     "run it first: a job that was only planned has no result"
                     if earlier
@@ -278,7 +284,7 @@ def check_place(
                 problems.append(
                     (
                         ExitCode.NOT_FOUND,
-                        f"{file}: {field}: no finished FineTuneJob {name!r} in {job.place.root}; {what_now}",
+                        f"{file}: {field}: no finished {kind} {name!r} in {job.place.root}; {what_now}",
                     )
                 )
         if plan_only:

@@ -11,11 +11,13 @@ from pydantic.alias_generators import to_camel, to_snake
 from luthier_api.base import SET, ApiModel, Format, Rule, model_in
 from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
+from luthier_api.outputs import BATCH, LINES, OUTPUT_FORMATS, InputForm, OutputFormat
 from luthier_api.overriding import WHOLE_JOB, overriding, sweeping
 from luthier_api.quantity import Bytes, Cores
 from luthier_api.samplers import SchedulerName, Sigmas, TimestepSpacing, samplers
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
+    LABEL,
     DatasetSource,
     Hub,
     JobControl,
@@ -37,6 +39,11 @@ from luthier_api.spec import (
 from luthier_api.stores import Stores
 from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 
+OtherJob = Annotated[
+    str,
+    Field(min_length=1, max_length=40),
+    Format(f"^{LABEL}$", "must be the name of a GenerateJob: lower-case letters, digits and '-'"),
+]
 WeightsFile = Annotated[
     str,
     Field(max_length=253),
@@ -412,7 +419,7 @@ ROWS_SIZE = 65536
 """Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
 server counts what it costs to convert each text at its longest, and refuses the CRD.
 """
-TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image", "initImage", "mask")
+TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image", "initImage", "mask", "reference")
 """Fields of a row that hold a text, or a path."""
 
 
@@ -446,6 +453,10 @@ class Row(ApiModel):
     """The image that is changed: the path of a file inside the pods. It is scaled to image.width and image.height."""
     mask: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
     """Where the image is changed: white in another one, likewise. Left out: everywhere."""
+    reference: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
+    """What the output should be: the text, the label, the answer, or the tags of the words (B-PER O O). From the
+    outputs that have one the metrics of the job are computed.
+    """
     id: Annotated[str | None, Field(min_length=1, max_length=512)] = None
     """Identifier of this row, which each of its outputs repeats."""
     seed: Annotated[Seed | None, For("task")] = None
@@ -477,6 +488,11 @@ class InputColumns(ApiModel):
     """
     negative_prompt: Annotated[ShortText, For("task")] = by_table()
     """What the image should not show. Used where there is such a column; a name other than the default must exist."""
+    reference: Annotated[ShortText | None, For("task")] = None
+    """What the output should be: a text; a label, a list of labels or a number; the answer or a list of them, as in
+    SQuAD; or entities (label, start, end), or the tags of the words (B-PER, I-PER, O). From the outputs that have one
+    the metrics of the job are computed, with an empty cell there is none.
+    """
     id: ShortText | None = None
     """Identifier of the row, which each of its outputs repeats. The seed of a row that has none is derived from it."""
     seed: Annotated[ShortText, For("task")] = by_table()
@@ -539,14 +555,23 @@ class Sweep(ApiModel):
 
 
 class Inputs(ApiModel):
-    """The rows to work on: exactly one of rows and dataset."""
+    """The rows to work on: exactly one of rows, dataset and job."""
 
     rows: Annotated[list[Row] | None, Field(min_length=1, max_length=1000)] = None
     """Rows written here: a handful, with at most 65536 characters in all. More belong into a file or a dataset."""
     dataset: InputData | None = None
     """Rows from files or from the Hub."""
+    job: OtherJob | None = None
+    """A GenerateJob of the same namespace: each of its outputs is a row, in their order. `columns` says which of their
+    columns are read, such as {prompt: text}. An output that could not be made is an error here, too.
+    """
     columns: InputColumns | None = None
-    """Names of the dataset's columns."""
+    """Names of the columns of the dataset, or of the outputs of the other job."""
+    form: Annotated[InputForm, For("task")] = by_table()
+    """What rows of a dataset are. columns: each column is what `columns` says. openai-batch: each row is a request of
+    OpenAI's Batch API (custom_id, method, url, body), whose body overrides fields of `text`. A request that asks for
+    something else is an error, which names the field.
+    """
     template: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
     """The prompt of each row, with texts of the row in it: "a {thing} in the style of {style}". A name stands for a
     column of the dataset, for one of `rows[].fields`, or for a list of `sweep`; {{ and }} stand for braces.
@@ -559,7 +584,17 @@ class Inputs(ApiModel):
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(exactly_one("rows", "dataset"), "inputs: set exactly one of rows and dataset"),
+        Rule(exactly_one("rows", "dataset", "job"), "inputs: set exactly one of rows, dataset and job"),
+        Rule(
+            "!has(self.job) || has(self.columns)",
+            "inputs.columns: says which column of the outputs of inputs.job is read; set it, such as {prompt: text}",
+        ),
+        Rule(
+            f"!has(self.form) || self.form != '{BATCH}' || has(self.dataset) && !has(self.columns) &&"
+            " !has(self.template) && !has(self.sweep)",
+            f"inputs.form: requests ({BATCH}) are rows of inputs.dataset and say themselves what is asked; remove"
+            " columns, template and sweep, and set dataset",
+        ),
         Rule(
             "!has(self.rows) || !has(self.columns)",
             "inputs.columns: rows that stand in the job have no columns to name; remove it, or set inputs.dataset",
@@ -575,9 +610,36 @@ class Inputs(ApiModel):
     @classmethod
     def _dataset_has_columns(cls, data: Any, handler: ModelWrapValidatorHandler[Inputs]) -> Inputs:
         inputs = handler(data)
-        if inputs.dataset and not inputs.columns:
+        if inputs.dataset and not inputs.columns and inputs.form != BATCH:
             return inputs.model_copy(update={"columns": InputColumns()})
         return inputs
+
+
+class Outputs(ApiModel):
+    """How outputs are delivered."""
+
+    format: OutputFormat = LINES
+    """lines: JSON Lines, a file for each shard, and images beside them. parquet: Parquet with typed columns, and images
+    in it. webdataset: archives (.tar) with each image and its line. openai-batch: the answers of OpenAI's Batch API, a
+    line for each request. Other forms than lines are made of the lines at the end, by the last shard; they are
+    published instead of them, and take room in the workspace beside them.
+    """
+
+
+def output_rules() -> Iterator[Rule]:
+    """Rules that follow from the table of the forms of outputs."""
+    for name, form in OUTPUT_FORMATS.items():
+        suits = []
+        if form.tasks:
+            suits.append(f"self.task in {list(form.tasks)}")
+        if form.form:
+            suits.append(f"has(self.inputs.form) && self.inputs.form == '{form.form}'")
+        if suits:
+            inputs = f", with inputs.form: {form.form}" if form.form else ""
+            yield Rule(
+                f"self.outputs.format != '{name}' || {' && '.join(suits)}",
+                f"spec.outputs.format: {name} is a form of {', '.join(form.tasks)}{inputs}; choose another one",
+            )
 
 
 class GenerateResources(ApiModel):
@@ -617,6 +679,9 @@ def overridable(block: str) -> list[str]:
     model = model_in(RowOverrides.model_fields[block].annotation)
     assert model is not None
     return [field.alias or to_camel(name) for name, field in model.model_fields.items()]
+
+
+TOKENS_ALONE = "single tokens (entities.aggregation: none) are no entities to compare; remove it, or set another one"
 
 
 def row_rules() -> Iterator[Rule]:
@@ -660,6 +725,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
     diffusers, kohya and LyCORIS.
     """
     inputs: Annotated[Inputs, RESULT]
+    outputs: Annotated[Outputs, RESULT] = Field(default_factory=Outputs)
     text: Annotated[TextSettings, For("task"), RESULT] = by_table()
     """How text is generated."""
     image: Annotated[ImageSettings, For("task"), RESULT] = by_table()
@@ -729,6 +795,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *row_rules(),
+        *output_rules(),
         alone_on_its_claim("shards", "self.shards == 1 || (has(self.parallelism) && self.parallelism == 1)"),
         Rule(
             "self.maxFailedShards < self.shards",
@@ -737,6 +804,16 @@ class GenerateJobSpec(JobControl, TabledSpec):
         Rule(
             "self.resources.gpus > 0 || self.precision != 'fp16'",
             "spec.precision: fp16 needs a GPU; use fp32 or bf16 on CPU",
+        ),
+        Rule(
+            "!has(self.entities) || self.entities.aggregation != 'none' || !has(self.inputs.columns) ||"
+            " !has(self.inputs.columns.reference)",
+            f"spec.inputs.columns.reference: {TOKENS_ALONE}",
+        ),
+        Rule(
+            "!has(self.entities) || self.entities.aggregation != 'none' || !has(self.inputs.rows) ||"
+            " !self.inputs.rows.exists(row, has(row.reference))",
+            f"spec.inputs.rows.reference: {TOKENS_ALONE}",
         ),
         Rule(
             "self.task != 'zero-shot-classification' || (has(self.zeroShot) && has(self.zeroShot.labels))",

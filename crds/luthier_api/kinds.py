@@ -84,7 +84,14 @@ class GenerateJob(ApiModel):
     spec: GenerateJobSpec
     status: JobStatus = Field(default_factory=JobStatus)
 
-    rules: ClassVar[tuple[Rule, ...]] = (*NAME_RULES, *fixed_while_at_work(GenerateJobSpec))
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *NAME_RULES,
+        Rule(
+            "!has(self.spec.inputs.job) || self.spec.inputs.job != self.metadata.name",
+            "spec.inputs.job: is this job itself; name the job whose outputs are the inputs",
+        ),
+        *fixed_while_at_work(GenerateJobSpec),
+    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,17 @@ KINDS: dict[JobKind, KindInfo] = {
     ),
 }
 CATEGORY = "luthier"
+
+
+def source_name(kind: JobKind, name: str) -> str:
+    """How run configs and statuses call a job whose result another one uses: a FineTuneJob by its name alone."""
+    return name if kind is JobKind.FINE_TUNE else f"{kind}/{name}"
+
+
+def source_of(text: str) -> tuple[JobKind, str]:
+    """Kind and name of the job that `source_name` has called `text`."""
+    kind, _, name = text.rpartition("/")
+    return JobKind(kind or JobKind.FINE_TUNE), name
 
 
 def parse_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:

@@ -18,6 +18,7 @@ class Metric:
     name: str
     help: str
     type: Literal["gauge", "counter", "histogram"] = "gauge"
+    labels: tuple[str, ...] = ()
 
 
 TRAIN_STEP = Metric("luthier_train_step", "Optimiser steps done")
@@ -93,6 +94,13 @@ GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspa
 GENERATE_FAILED_ROWS = Metric("luthier_generate_failed_rows", "Of these outputs, those that are the record of an error")
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
+GENERATE_SCORED_ROWS = Metric(
+    "luthier_generate_scored_rows",
+    "Outputs of this shard that were compared with a reference; only where rows have one",
+)
+GENERATE_SCORE = Metric(
+    "luthier_generate_score", "Metrics of these outputs, by their names in the status of the job", labels=("metric",)
+)
 
 # A pod may serve anything. The sum over 4096 shards must stay a whole number in JSON and for the API server (2**53).
 LARGEST_COUNT = 2.0**41
@@ -131,11 +139,13 @@ POD_METRICS: tuple[Metric, ...] = (
     GENERATE_FAILED_ROWS,
     GENERATE_MAX_ROWS,
     GENERATE_ROWS_PER_SECOND,
+    GENERATE_SCORED_ROWS,
+    GENERATE_SCORE,
 )
 
 
-# Histograms have labels, and no part of the progress is read from them.
-READ_NAMES = frozenset(metric.name for metric in POD_METRICS if metric.type != "histogram")
+# No part of the progress is read from metrics with labels, which histograms have, too.
+READ_NAMES = frozenset(metric.name for metric in POD_METRICS if metric.type != "histogram" and not metric.labels)
 
 
 def read_samples(text: str) -> dict[str, float]:

@@ -49,7 +49,9 @@ class BaseRun(ApiModel):
     workspace: str
     """Absolute path of this job's folder."""
     sources: dict[str, str] = Field(default_factory=dict)
-    """FineTuneJob name → absolute path of its workspace folder (see `workspace.WorkspaceFolder`), mounted read-only."""
+    """Job, as `kinds.source_name` calls it → absolute path of its workspace folder (see `workspace.WorkspaceFolder`),
+    mounted read-only.
+    """
     rendezvous_host: str = "127.0.0.1"
     """Where rank 0 listens."""
     rendezvous_port: int = RENDEZVOUS_PORT

@@ -302,7 +302,7 @@ class SourceStatus(ApiModel):
     """Where a job keeps the result that this one uses. It may have been deleted since."""
 
     job: str
-    """Name of the FineTuneJob."""
+    """Name of the FineTuneJob; of a GenerateJob, GenerateJob/NAME."""
     claim_name: str
     """PersistentVolumeClaim of its workspace."""
     folder: str

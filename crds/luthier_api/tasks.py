@@ -155,6 +155,8 @@ IMAGES = ("image", "initImage", "mask")
 """Roles whose cells are images: a row of `inputs.rows` has the path of a file there."""
 SEED = "seed"
 """Role of the seed of a row, and the field of the seed of a job."""
+REFERENCE = "reference"
+"""Role of what an output should be, with which it is compared."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,15 @@ class GenerationTask:
     """The block of the spec that belongs to the task."""
     options: dict[str, Any] = field(default_factory=dict)
     """Path in the spec → default, of the other fields that belong to the task; None: no default."""
+    metrics: tuple[TaskMetric, ...] = ()
+    """What follows from comparing outputs with references; none: outputs of the task have no reference."""
 
     @property
     def roles(self) -> dict[str, str | None]:
         """Role → default name of its column, of all roles that rows can have."""
         required: dict[str, str | None] = {**self.columns}
-        return required | self.optional_columns
+        reference = {REFERENCE: None} if self.metrics else {}
+        return required | self.optional_columns | reference
 
     @property
     def main_role(self) -> str:
@@ -298,6 +303,22 @@ LABEL_METRICS = (
     TaskMetric("f1Macro", "F1 (macro, over all labels)", better="higher"),
     TaskMetric("majorityShare", "Share of the commonest class"),
 )
+SEVERAL_LABEL_METRICS = (
+    *LABEL_METRICS,
+    TaskMetric("f1Micro", "F1 (micro, over all labels)", better="higher"),
+)
+TEXT_LABEL_METRICS = (
+    *SEVERAL_LABEL_METRICS,
+    TaskMetric("mse", "Mean squared error", better="lower"),
+    TaskMetric("mae", "Mean absolute error", better="lower"),
+    TaskMetric("pearson", "Pearson correlation", better="higher"),
+)
+ENTITY_METRICS = (
+    TaskMetric("precision", "Precision of entities", better="higher"),
+    TaskMetric("recall", "Recall of entities", better="higher"),
+    TaskMetric("f1", "F1 of entities", better="higher"),
+    TaskMetric("f1Macro", "F1 (macro, over all types)", better="higher"),
+)
 WRITTEN_METRICS = (
     TaskMetric("exactMatch", "Share of texts that equal their reference", better="higher"),
     TaskMetric("rouge1", "ROUGE-1 (F, words of a to z and 0 to 9)", better="higher"),
@@ -331,6 +352,7 @@ SEQ2SEQ = TaskInfo(
         optional_columns={SEED: "seed"},
         settings="text",
         options=READING_OPTIONS | {"text.prefix": None, "text.sourceLanguage": None, "text.targetLanguage": None},
+        metrics=WRITTEN_METRICS,
     ),
 )
 """Tasks whose models have an encoder and a decoder. They differ in their names on the Hub."""
@@ -425,19 +447,14 @@ TASKS: Mapping[str, TaskInfo] = {
             | SAVED_OPTIONS
             | TOKEN_FILTERS
             | {"classification.problem": "single"},
-            metrics=(
-                *LABEL_METRICS,
-                TaskMetric("f1Micro", "F1 (micro, over all labels)", better="higher"),
-                TaskMetric("mse", "Mean squared error", better="lower"),
-                TaskMetric("mae", "Mean absolute error", better="lower"),
-                TaskMetric("pearson", "Pearson correlation", better="higher"),
-            ),
+            metrics=TEXT_LABEL_METRICS,
         ),
         generation=GenerationTask(
             columns={"text": "text"},
             optional_columns={},
             settings="classify",
             options=READING_OPTIONS,
+            metrics=TEXT_LABEL_METRICS,
         ),
     ),
     "token-classification": TaskInfo(
@@ -454,19 +471,14 @@ TASKS: Mapping[str, TaskInfo] = {
             quantizations=("nf4", "fp4", "int8"),
             settings="tagging",
             options=TEXT_OPTIONS | NEW_OPTIONS | NOISE_OPTIONS | SMOOTHING_OPTIONS | SAVED_OPTIONS | TOKEN_FILTERS,
-            metrics=(
-                TaskMetric("accuracy", "Accuracy of words", better="higher"),
-                TaskMetric("precision", "Precision of entities", better="higher"),
-                TaskMetric("recall", "Recall of entities", better="higher"),
-                TaskMetric("f1", "F1 of entities", better="higher"),
-                TaskMetric("f1Macro", "F1 (macro, over all types)", better="higher"),
-            ),
+            metrics=(TaskMetric("accuracy", "Accuracy of words", better="higher"), *ENTITY_METRICS),
         ),
         generation=GenerationTask(
             columns={"text": "text"},
             optional_columns={},
             settings="entities",
             options=READING_OPTIONS,
+            metrics=ENTITY_METRICS,
         ),
     ),
     "question-answering": TaskInfo(
@@ -490,6 +502,7 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={},
             settings="answers",
             options=RESULT_OPTIONS,
+            metrics=ANSWER_METRICS,
         ),
     ),
     "masked-lm": TaskInfo(
@@ -629,7 +642,9 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={"seed": "seed"},
             settings="text",
             options=RESULT_OPTIONS
-            | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None},
+            | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None}
+            | {"inputs.form": "columns"},
+            metrics=WRITTEN_METRICS,
         ),
     ),
     "text-to-image": TaskInfo(
@@ -667,6 +682,7 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={},
             settings="zeroShot",
             options=READING_OPTIONS,
+            metrics=SEVERAL_LABEL_METRICS,
         ),
     ),
     "fill-mask": TaskInfo(

@@ -57,6 +57,18 @@ class WorkspaceFolder:
         return self.result / MANIFEST
 
 
+def shard_manifests(folder: WorkspaceFolder) -> list[Path]:
+    """The manifests of all shards of a GenerateJob, in their order; none while a shard has no result.
+
+    Of several numbers of shards, which another spec may have had, the one with the newest manifest counts.
+    """
+    by_count: dict[int, list[Path]] = {}
+    for path in sorted(folder.result.glob(f"shard-?????-of-?????.{MANIFEST}")):
+        by_count.setdefault(int(path.name[15:20]), []).append(path)
+    whole = [paths for count, paths in by_count.items() if len(paths) == count]
+    return max(whole, key=lambda paths: max(path.stat().st_mtime_ns for path in paths), default=[])
+
+
 MANIFEST = "MANIFEST.json"
 DATA_REPORT = "data-report.json"
 """What `prepare` found in the rows, in `prepared`."""

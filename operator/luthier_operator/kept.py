@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from luthier_api.conditions import ConditionType
+from luthier_api.kinds import JobKind
 from luthier_api.status import State
 from luthier_operator import naming, wire
 from luthier_operator.model import Key, Object
 from luthier_operator.statuses import moment
-from luthier_operator.workloads.sources import SOURCE_KIND
 
 META = tuple(name for name in wire.Meta.__annotations__ if name not in ("labels", "annotations", "ownerReferences"))
 OWN = "luthier.dev/"
@@ -95,7 +95,7 @@ class KeptJob:
     finished: bool
     completed_at: datetime | None
     sources: tuple[Key, ...]
-    """The FineTuneJobs whose results it names."""
+    """The jobs whose results it names."""
 
     @classmethod
     def of(cls, found: Object) -> KeptJob:
@@ -128,10 +128,12 @@ class KeptJob:
 
 
 def source_keys(job: Object) -> tuple[Key, ...]:
-    """The FineTuneJobs whose results `job` names."""
-    spec = job.get("spec") or {}
+    """The jobs whose results `job` names."""
+    spec, namespace = job.get("spec") or {}, job["metadata"]["namespace"]
     names = [(spec.get("model") or {}).get("job"), *(a.get("job") for a in spec.get("adapters") or [])]
-    return tuple(Key(SOURCE_KIND, job["metadata"]["namespace"], name) for name in dict.fromkeys(names) if name)
+    inputs = (spec.get("inputs") or {}).get("job")
+    trained = [Key(JobKind.FINE_TUNE, namespace, name) for name in dict.fromkeys(names) if name]
+    return (*trained, *([Key(JobKind.GENERATE, namespace, inputs)] if inputs else []))
 
 
 def version(found: Object) -> int:

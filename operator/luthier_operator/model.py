@@ -121,12 +121,12 @@ class Observed:
     broken_checkpoints: int | None = None
     silences: Mapping[str, Silence] = field(default_factory=dict)
     """By uid of the pod."""
-    sources: Mapping[str, FineTuneJob] = field(default_factory=dict)
-    """The existing FineTuneJobs whose results it uses, by name."""
+    sources: Mapping[str, Job] = field(default_factory=dict)
+    """The existing jobs whose results it uses, as `kinds.source_name` calls them."""
     unreadable_sources: Mapping[str, str] = field(default_factory=dict)
     """Those that exist but cannot be read: name → problem."""
     cycle: Sequence[str] = ()
-    """Names of FineTuneJobs from this one back to itself, if they wait for each other's results."""
+    """The jobs from this one back to itself, if they wait for each other's results."""
     unknown_fields: Sequence[str] = ()
     """Paths of fields of the job that this operator does not know."""
     jobset_installed: bool = True

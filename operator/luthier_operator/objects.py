@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from luthier_api.kinds import FineTuneJob
+from luthier_api.kinds import source_name, source_of
 from luthier_operator import naming
 from luthier_operator.model import Job, Object
 from luthier_operator.naming import Place
@@ -17,7 +17,7 @@ from luthier_operator.render.claim import claim
 from luthier_operator.render.configmap import configmap
 from luthier_operator.render.job import prepare, publish
 from luthier_operator.workloads import workload
-from luthier_operator.workloads.sources import SOURCE_KIND, needed_jobs
+from luthier_operator.workloads.sources import needed_jobs
 
 if TYPE_CHECKING:
     from luthier_operator.settings import Settings
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 def objects(job: Job, settings: Settings | None = None, others: Iterable[Job] = ()) -> list[Object]:
     """All objects of `job`, in the order in which the operator applies them.
 
-    `others`: jobs whose results it may use. A FineTuneJob that it names and that is not among them is assumed to have a
-    claim of its own. Raises NotAllowed if the settings refuse the job.
+    `others`: jobs whose results it may use. A job that it names and that is not among them is assumed to have a claim
+    of its own. Raises NotAllowed if the settings refuse the job.
     """
     if settings is None:
         from luthier_operator.settings import Settings as Defaults
 
         settings = Defaults()
-    known = {other.metadata.name: other for other in others if isinstance(other, FineTuneJob)}
+    known = {source_name(naming.kind(other), other.metadata.name): other for other in others}
     places = {
         name: naming.place(source) if source else _place_of_unknown(name)
         for name, source in needed_jobs(job, known.get).items()
@@ -53,5 +53,5 @@ def objects(job: Job, settings: Settings | None = None, others: Iterable[Job] = 
 
 
 def _place_of_unknown(name: str) -> Place:
-    stem = naming.stem(SOURCE_KIND, name)
+    stem = naming.stem(*source_of(name))
     return Place(stem, f"{stem}-{naming.UNKNOWN_UID[:8]}")

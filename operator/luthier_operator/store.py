@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 
 from luthier_api.conditions import ConditionType
-from luthier_api.kinds import KINDS
+from luthier_api.kinds import KINDS, source_of
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
@@ -24,7 +24,7 @@ from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.parts import HeldPod, Parts
 from luthier_operator.workloads import workload
-from luthier_operator.workloads.sources import SOURCE_KIND, Sources, observed_sources
+from luthier_operator.workloads.sources import Sources, observed_sources
 
 DELETED_KEPT = 10_000  # uids of deleted objects, so that a late answer does not bring one back
 LATE_REPORTS = timedelta(minutes=10)
@@ -44,7 +44,7 @@ class Store:
         self.workloads = Workloads()
         self._jobs: dict[Key, KeptJob] = {}
         self._parts: dict[Owner, Parts] = {}
-        self._dependents: dict[Key, set[Key]] = {}  # FineTuneJob → jobs that use its result
+        self._dependents: dict[Key, set[Key]] = {}  # job → jobs that use its result
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # Reading
@@ -364,7 +364,8 @@ class Store:
             return Sources({}, {}, ())  # `status.sources` says where their results are
 
         def find(name: str) -> Object | None:
-            known = self._jobs.get(Key(SOURCE_KIND, job.metadata.namespace, name))
+            kind, alone = source_of(name)
+            known = self._jobs.get(Key(kind, job.metadata.namespace, alone))
             return known.object() if known else None
 
         return observed_sources(job, find)

@@ -179,15 +179,16 @@ CLASSIFY = {"spec.task": "text-classification", "spec.inputs.rows": [{"text": "a
 SUMMARIES = CLASSIFY | {"spec.task": "summarization"}
 ENTITIES = CLASSIFY | {"spec.task": "token-classification"}
 ZERO_SHOT = CLASSIFY | {"spec.task": "zero-shot-classification", "spec.zeroShot": {"labels": ["a", "b"]}}
-ASKED = {
-    "spec.task": "question-answering",
-    "spec.inputs.rows": [{"question": "What is it?", "context": "a lute"}],
-}
 LOOK = {"spec.task": "image-classification", "spec.inputs.rows": [{"image": "/data/lute.png"}]}
 CHANGE = {
     "spec.task": "image-to-image",
     "spec.inputs.rows": [{"prompt": "a lute", "initImage": "/data/lute.png", "mask": "/data/mask.png"}],
 }
+QUESTION = {"question": "What is it?", "context": "a lute"}
+ASKED = {"spec.task": "question-answering", "spec.inputs.rows": [QUESTION]}
+OTHER = {"job": "other", "columns": {"prompt": "text"}}
+BATCH = {"dataset": {"files": ["/requests.jsonl"]}, "form": "openai-batch"}
+REFERENCES = {"dataset": {"files": ["/p.csv"]}, "columns": {"reference": "a"}}
 NEEDED: dict[str, Change] = {"zero-shot-classification": {"spec.zeroShot": {"labels": ["a", "b"]}}}
 """What else a task must have."""
 BLOCKS = {
@@ -2345,6 +2346,87 @@ CASES: list[Case] = [
         accepted=ENTITIES | {"spec.entities": {"stride": 16}},
         base=GENERATE,
     ),
+    *(
+        Case(
+            message="spec.inputs.rows.reference: applies to text-classification, token-classification,",
+            refused={"spec.task": task, "spec.inputs.rows": [row | {"reference": "b"}]},
+            accepted=accepted,
+            base=GENERATE,
+        )
+        for task, row, accepted in (
+            ("text-to-image", {"prompt": "a"}, {"spec.inputs.rows": [{"prompt": "a", "reference": "b"}]}),
+            ("fill-mask", {"text": "a"}, ASKED | {"spec.inputs.rows": [{**QUESTION, "reference": "b"}]}),
+        )
+    ),
+    Case(
+        message="spec.inputs.columns.reference: applies to text-classification, token-classification,",
+        refused={"spec.task": "feature-extraction", "spec.inputs": REFERENCES},
+        accepted=SUMMARIES | {"spec.inputs": REFERENCES},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"spec.inputs.{place}.reference: single tokens (entities.aggregation: none) are no entities",
+            refused=ENTITIES | {"spec.inputs": inputs, "spec.entities": {"aggregation": "none"}},
+            accepted=ENTITIES | {"spec.inputs": inputs},
+            base=GENERATE,
+        )
+        for place, inputs in (("columns", REFERENCES), ("rows", {"rows": [{"text": "a lute", "reference": "O O"}]}))
+    ),
+    Case(
+        message="inputs: set exactly one of rows, dataset and job",
+        refused={"spec.inputs.job": "other", "spec.inputs.columns": {"prompt": "text"}},
+        accepted={"spec.inputs": OTHER},
+        base=GENERATE,
+    ),
+    Case(
+        message="inputs.columns: says which column of the outputs",
+        refused={"spec.inputs": {"job": "other"}},
+        accepted={"spec.inputs": OTHER},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.job: is this job itself",
+        refused={"spec.inputs": OTHER | {"job": "sound"}},
+        accepted={"spec.inputs": OTHER},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message="inputs.form: requests (openai-batch) are rows of inputs.dataset",
+            refused={"spec.inputs": BATCH | more},
+            accepted={"spec.inputs": BATCH},
+            base=GENERATE,
+        )
+        for more in ({"columns": {"prompt": "a"}}, {"template": "{a}"}, {"sweep": {"zip": {"seed": [1]}}})
+    ),
+    Case(
+        message="inputs.form: requests (openai-batch) are rows of inputs.dataset",
+        refused={"spec.inputs.form": "openai-batch"},
+        accepted={"spec.inputs.form": "columns"},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.form: applies to text-generation;",
+        refused=SUMMARIES | {"spec.inputs": BATCH},
+        accepted={"spec.inputs": BATCH},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message="spec.outputs.format: openai-batch is a form of text-generation, with inputs.form: openai-batch;",
+            refused=change | {"spec.outputs": {"format": "openai-batch"}},
+            accepted={"spec.inputs": BATCH, "spec.outputs": {"format": "openai-batch"}},
+            base=GENERATE,
+        )
+        for change in ({}, {"spec.inputs.form": "columns"}, SUMMARIES)
+    ),
+    Case(
+        message="spec.outputs.format: webdataset is a form of text-to-image, image-to-image;",
+        refused={"spec.outputs": {"format": "webdataset"}},
+        accepted=PICTURES | {"spec.outputs": {"format": "webdataset"}},
+        base=GENERATE,
+    ),
     Case(
         message="answers.noneThreshold:",
         refused=ASKED | {"spec.answers": {"noneThreshold": 1.5}},
@@ -2531,6 +2613,13 @@ WRITTEN: list[Written] = [
         "spec.inputs.dataset.encoding",
         lambda t: {"spec.inputs": {"dataset": {"files": ["/x"], "encoding": t}}},
         *ENCODINGS,
+        GENERATE,
+    ),
+    Written(
+        "spec.inputs.job",
+        lambda t: {"spec.inputs": OTHER | {"job": t}},
+        ("Other", "other_job", "-a", "a-", "a.b", "a/b"),
+        ("other", "other-2"),
         GENERATE,
     ),
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
@@ -3086,6 +3175,11 @@ FIXED = [
         field="adapters",
         base=GENERATE,
         change={"spec.adapters": [{"job": "tune"}]},
+    ),
+    FixedCase(
+        field="outputs",
+        base=changed(GENERATE, {"spec.inputs": BATCH}),
+        change={"spec.outputs": {"format": "openai-batch"}},
     ),
     FixedCase(
         field="inputs",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from harness import fine_tune
+from harness import fine_tune, generate
 
-from luthier_api.kinds import FineTuneJob
+from luthier_api.kinds import FineTuneJob, GenerateJob
 from luthier_operator.model import Object
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import cycle
@@ -58,3 +58,14 @@ def test_each_source_has_its_field() -> None:
         "spec.grpo.rewards[0].model.job": "judge",
         "spec.grpo.rewards[1].model.job": "other",
     }
+
+
+def test_a_cycle_of_outputs() -> None:
+    def using(name: str, other: str) -> GenerateJob:
+        spec = {"model": {"job": "base"}, "inputs": {"job": other, "columns": {"prompt": "text"}}}
+        return GenerateJob.model_validate(generate(name, **spec))
+
+    jobs = {f"GenerateJob/{name}": using(name, other) for name, other in (("a", "b"), ("b", "c"), ("c", "b"))}
+    names = ("b", "c", "b")
+    assert cycle(jobs["GenerateJob/b"], jobs.get) == tuple(f"GenerateJob/{name}" for name in names)
+    assert cycle(jobs["GenerateJob/a"], jobs.get) == ()

@@ -22,6 +22,9 @@ from luthier_operator.store import Store
 TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
 
 
+GENERATE = {"task": "text-generation", "model": {"id": "org/model"}}
+
+
 def job(name: str = "tune", version: int = 1, uid: str = "", **spec: Any) -> dict[str, Any]:
     return {
         "apiVersion": "luthier.dev/v1alpha1",
@@ -546,6 +549,20 @@ def test_a_job_is_woken_by_the_job_that_it_waits_for(case: DependentCase) -> Non
     assert touched == ({TUNE, AFTER} if case.woken else {TUNE})
     store.remove(job("after"))
     assert not store._dependents
+
+
+def test_a_job_is_woken_by_the_job_whose_outputs_it_waits_for() -> None:
+    store = Store()
+    rows = {"rows": [{"prompt": "a lute"}]}
+    waiting, made = (
+        job(name, uid=f"{name}-outputs") | {"kind": "GenerateJob", "spec": GENERATE | {"inputs": inputs}}
+        for name, inputs in (("after", {"job": "tune", "columns": {"prompt": "text"}}), ("tune", rows))
+    )
+    key, after = (Key(JobKind.GENERATE, "default", name) for name in ("tune", "after"))
+    store.put(waiting)
+    assert store.put(job()) == {TUNE}  # a FineTuneJob of this name
+    assert store.put(made) == {key, after}
+    assert list(store.observed(parse_job(store.job(after) or {})).sources) == ["GenerateJob/tune"]
 
 
 def test_the_jobs_below_are_not_read_once_prepare_has_noted_where_their_results_are() -> None:

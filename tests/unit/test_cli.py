@@ -172,6 +172,17 @@ REFUSED = [
         problems=["spec.adapters[0].job: no finished FineTuneJob 'other' in"],
     ),
     RefusedCase(
+        name="a job without outputs",
+        documents=[
+            changed(
+                GENERATE,
+                {"spec.inputs": {"job": "other", "columns": {"prompt": "text"}}, "spec.resources": {"gpus": 0}},
+            )
+        ],
+        code=66,
+        problems=["spec.inputs.job: no finished GenerateJob 'other' in"],
+    ),
+    RefusedCase(
         name="more GPUs than there are",
         documents=[
             changed(FINE_TUNE, {"spec.dataset": {"id": "o/d"}, "spec.resources": {"nodes": 2, "gpusPerNode": 4}})

@@ -143,6 +143,24 @@ def test_several_jobs_one_using_the_result_of_another(laptop: Laptop) -> None:
     assert run.sources == {name: str(laptop.runs / name) for name in ("base", "next")}
 
 
+def test_the_outputs_of_a_job_are_the_inputs_of_another_one(laptop: Laptop) -> None:
+    """In one call, or where an earlier one has left them."""
+    following = outputs("next", inputs={"job": "texts", "columns": {"prompt": "text"}})
+    code, _ = laptop.json("run", laptop.write(outputs("texts", shards=2), following))
+    assert code == 0
+    assert laptop.calls()[-2:] == ["next prepare 0", "next generate 0"]
+    run = read_run((laptop.runs / "next/run.json").read_bytes())
+    assert run.sources == {"GenerateJob/texts": str(laptop.runs / "texts")}
+
+    alone = laptop.write({**following, "metadata": {"name": "alone"}}, name="alone.yaml")
+    assert laptop.json("run", alone)[0] == 66
+    result = laptop.runs / "texts/result"
+    result.mkdir(exist_ok=True)
+    for shard in range(2):
+        (result / f"shard-0000{shard}-of-00002.MANIFEST.json").write_text("{}")
+    assert laptop.json("run", alone)[0] == 0
+
+
 def test_texts_are_shown(laptop: Laptop) -> None:
     _, out, _ = laptop.run("run", laptop.write(outputs(shards=2)))
     assert "Once▸ upon 0" in out

@@ -15,6 +15,9 @@ BASE = {"base": fine_tune(status("Trained", state="Publishing"), name="base")}
 RUNNING_BASE = {"base": fine_tune(status(state="Running"), name="base")}
 FAILED_BASE = {"base": fine_tune(status("Failed"), name="base")}
 ADAPTER = {"adapters": [{"id": "org/style"}, {"job": "style"}]}
+INPUTS = {"inputs": {"job": "lutes", "columns": {"prompt": "text"}}}
+LUTES = {"GenerateJob/lutes": generate(status("Generated", state="Publishing"), name="lutes")}
+RUNNING_LUTES = {"GenerateJob/lutes": generate(status("Trained", state="Running"), name="lutes")}
 MANY_ROWS = {"inputs": {"rows": [{"prompt": "x" * 8000}] * 200}}
 
 
@@ -95,6 +98,38 @@ CASES = [
             " its result"
         ),
         state="Waiting",
+    ),
+    Case(
+        name="the job with the inputs does not exist, and a FineTuneJob of its name counts for nothing",
+        given=lambda: decided(generate(name="next", **INPUTS), sources={"lutes": fine_tune(status("Trained"))}),
+        expect=(
+            'False WaitingForJob: spec.inputs.job: there is no GenerateJob "lutes" in this namespace; waiting for its'
+            " result"
+        ),
+        state="Waiting",
+    ),
+    Case(
+        name="the job with the inputs still runs",
+        given=lambda: decided(generate(name="next", **INPUTS), sources=RUNNING_LUTES),
+        expect='False WaitingForJob: spec.inputs.job: GenerateJob "lutes" is Running; waiting for its result',
+        state="Waiting",
+    ),
+    Case(
+        name="the job with the inputs has its outputs, and publishes them",
+        given=lambda: decided(generate(name="next", **INPUTS), sources=LUTES),
+        expect="True Accepted: The job can run",
+        state="Preparing",
+    ),
+    Case(
+        name="jobs wait for each other's outputs",
+        given=lambda: decided(
+            generate(name="next", **INPUTS), cycle=("GenerateJob/next", "GenerateJob/lutes", "GenerateJob/next")
+        ),
+        expect=(
+            "False InvalidSpec: spec.inputs.job: GenerateJobs wait for each other's results: next → lutes → next. One"
+            " of them has to start from other inputs"
+        ),
+        state="Failed",
     ),
     Case(
         name="it names itself",

@@ -59,6 +59,16 @@ CASES = [
         sources={"spec.adapters[1].job": "style"},
     ),
     Case(
+        name="a model and inputs of two jobs of one name",
+        job=generate(shards=1, model={"job": "lute"}, inputs={"job": "lute", "columns": {"prompt": "text"}}),
+        pods="1 shard on 1 GPU",
+        shape="1×1",
+        groups=[[0]],
+        gpus_at_once=1,
+        processes_per_pod=1,
+        sources={"spec.model.job": "lute", "spec.inputs.job": "GenerateJob/lute"},
+    ),
+    Case(
         name="1 shard without a GPU",
         job=generate(shards=1, resources={"gpus": 0}),
         pods="1 shard on CPU",
@@ -136,6 +146,12 @@ SUMS = [
         job=generate(shards=2),
         metrics={0: {"rows": 3.0}, 1: {"rows": 4.0, "failed": 1.0}},
         expect={"rows": 7.0, "failed": 1.0},
+    ),
+    SumCase(
+        name="scores of all outputs are not added",
+        job=generate(shards=3),
+        metrics={0: {"rows": 3.0, "scoredRows": 2.0}, 1: {"rows": 4.0, "bleu": 40.0}, 2: {"rows": 1.0, "bleu": 40.0}},
+        expect={"rows": 8.0, "scoredRows": 2.0, "bleu": 40.0},
     ),
     SumCase(
         name="a shard is missing",

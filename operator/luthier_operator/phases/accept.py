@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from luthier_api.conditions import ConditionType, Reason
 from luthier_api.exitcodes import ExitCode
+from luthier_api.kinds import KINDS, JobKind, source_of
 from luthier_api.status import State
-from luthier_operator import policy
+from luthier_operator import naming, policy
 from luthier_operator.phases.context import Context, Step
 from luthier_operator.render.configmap import LIMIT_BYTES
 from luthier_operator.versions import INSTALL_JOBSET, RELEASE, SAME_CHART
@@ -18,6 +19,7 @@ CHECK_AGAIN_SECONDS = 30
 
 ACCEPTED = ConditionType.ACCEPTED
 CAN_RUN = "The job can run"
+START_FROM = {JobKind.FINE_TUNE: "another model", JobKind.GENERATE: "other inputs"}
 
 
 def accept(ctx: Context) -> Step:
@@ -52,25 +54,25 @@ def for_jobset(ctx: Context, condition: ConditionType) -> Step | None:
 
 
 def for_source(ctx: Context, field: str, name: str) -> Step | None:
-    """Wait until the FineTuneJob `name`, whose result the job uses, has succeeded. None if it has."""
+    """Wait until the job `name`, whose result the job uses, has succeeded. None if it has."""
     source = ctx.observed.sources.get(name)
+    kind, alone = source_of(name)
+    done = KINDS[kind].done
+    described = f'{field}: {kind} "{alone}"'
     if name in ctx.observed.unreadable_sources:
         problem = ctx.observed.unreadable_sources[name]
-        waiting = (
-            f'{field}: FineTuneJob "{name}" exists, but this operator ({RELEASE}) does not understand it: {problem}. '
-            f"{SAME_CHART}"
-        )
+        waiting = f"{described} exists, but this operator ({RELEASE}) does not understand it: {problem}. {SAME_CHART}"
         return ctx.waits(ACCEPTED, Reason.SOURCE_NOT_UNDERSTOOD, waiting, requeue_after=CHECK_AGAIN_SECONDS)
     if source is None:
-        waiting = f'{field}: there is no FineTuneJob "{name}" in this namespace; waiting for its result'
+        waiting = f'{field}: there is no {kind} "{alone}" in this namespace; waiting for its result'
         return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)
 
-    if source.status.is_true(ConditionType.TRAINED) or source.status.is_true(ConditionType.COMPLETE):
+    if source.status.is_true(done) or source.status.is_true(ConditionType.COMPLETE):
         return None
     if source.status.is_true(ConditionType.FAILED):
-        failed = f'{field}: FineTuneJob "{name}" has failed, so there is no result to start from. Repair that job first'
+        failed = f"{described} has failed, so there is no result to start from. Repair that job first"
         return ctx.with_condition(ACCEPTED, "False", Reason.SOURCE_FAILED, failed).fails(Reason.SOURCE_FAILED, failed)
-    waiting = f'{field}: FineTuneJob "{name}" is {source.status.state or State.PENDING}; waiting for its result'
+    waiting = f"{described} is {source.status.state or State.PENDING}; waiting for its result"
     return ctx.waits(ACCEPTED, Reason.WAITING_FOR_JOB, waiting, requeue_after=CHECK_AGAIN_SECONDS)
 
 
@@ -82,8 +84,9 @@ def find_mistake(ctx: Context) -> str | None:
     if ctx.observed.cycle:
         field = next(field for field, name in ctx.workload.sources.items() if name == ctx.observed.cycle[1])
         return (
-            f"{field}: FineTuneJobs wait for each other's results: {' → '.join(ctx.observed.cycle)}. One of them"
-            " has to start from another model"
+            f"{field}: {ctx.job.kind}s wait for each other's results:"
+            f" {' → '.join(source_of(name)[1] for name in ctx.observed.cycle)}. One of them has to start from"
+            f" {START_FROM[naming.kind(ctx.job)]}"
         )
     (document,) = ctx.configmap()["data"].values()
     size = len(document.encode())

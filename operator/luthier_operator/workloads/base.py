@@ -81,7 +81,7 @@ class Workload(Protocol):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Field of the spec → name of the FineTuneJob whose result it uses."""
+        """Field of the spec → the job whose result it uses, as `kinds.source_name` calls it."""
         name = self.job.spec.model.job
         return {"spec.model.job": name} if name else {}
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from luthier_api.kinds import GenerateJob, JobKind
+from luthier_api.kinds import GenerateJob, JobKind, source_name
 from luthier_api.metrics import generation_progress
 from luthier_api.status import Attempt, JobStatus, Progress, finite
+from luthier_api.tasks import GENERATION_TASKS
 from luthier_operator import children, naming
 from luthier_operator.failure.attempts import ATTEMPTS_KEPT, attempts_of_pods, no_progress_of_shards
 from luthier_operator.model import Object, PodEnd
@@ -42,6 +43,8 @@ class Generate(Workload):
         for i, adapter in enumerate(self.job.spec.adapters):
             if adapter.job:
                 found[f"spec.adapters[{i}].job"] = adapter.job
+        if self.job.spec.inputs.job:
+            found["spec.inputs.job"] = source_name(JobKind.GENERATE, self.job.spec.inputs.job)
         return found
 
     @property
@@ -126,10 +129,15 @@ class Generate(Workload):
         return prepared.dataset.outputs if prepared else None
 
     def final_metrics(self, metrics: Samples) -> dict[str, float] | None:
-        """The sums over all shards. None while a shard is missing."""
+        """The sums over all shards, and the scores of all outputs, which the last shard that has ended reports. None
+        while a shard is missing.
+        """
         if len(metrics) < self.pods:
             return None
+        scores = {metric.name for metric in GENERATION_TASKS[self.job.spec.task].metrics}
         total: Counter[str] = Counter()
+        last: dict[str, float] = {}
         for of_shard in metrics.values():
-            total.update(of_shard)
-        return finite(total)
+            total.update({name: value for name, value in of_shard.items() if name not in scores})
+            last |= {name: value for name, value in of_shard.items() if name in scores}
+        return finite({**total, **last})

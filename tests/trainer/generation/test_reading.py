@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.metrics import accuracy_score, f1_score
 from trainer.generating import generate_run, generate_shards, result_lines
 from trainer.word_pieces import word_pieces
 from transformers import (
@@ -35,7 +38,8 @@ from transformers import (
 )
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.run import FineTuneRun
+from luthier_api.run import FineTuneRun, GenerateRun
+from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import main as generate
 from luthier_trainer.generation.engines.answering import AnsweringEngine
@@ -317,6 +321,44 @@ def project(found: Any, like: Any) -> Any:
     if isinstance(like, list) and like and isinstance(like[0], dict):
         return [{name: item[name] for name in like[0]} for item in found]
     return found
+
+
+def test_references_that_are_labels(
+    save: Save, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metrics of the last shard are those of all lines; labels that the model does not have are refused."""
+    folder = save(BertForSequenceClassification, num_labels=3)
+    table = tmp_path / "rows.csv"
+    wanted = [f"LABEL_{i % 3}" for i in range(len(texts))]
+
+    def ran(shards: int, references: list[str]) -> tuple[GenerateRun, list[TerminationMessage]]:
+        with table.open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "wanted"), *zip(texts, references, strict=True)])
+        run = generate_run(
+            tmp_path / f"{shards} shards",
+            [],
+            task="text-classification",
+            model={"path": str(folder)},
+            inputs={"dataset": {"files": [str(table)]}, "columns": {"reference": "wanted"}},
+            shards=shards,
+        )
+        return run, generate_shards(run, monkeypatch, prepare)
+
+    run, messages = ran(3, wanted)
+    answered = [line["label"] for line in result_lines(run)]
+    assert [line["reference"] for line in result_lines(run)] == wanted
+    expect = {
+        "accuracy": accuracy_score(wanted, answered),
+        "f1Macro": f1_score(wanted, answered, average="macro"),
+        "majorityShare": max(Counter(wanted).values()) / len(wanted),
+    }
+    found = [{name: value for name, value in (m.metrics or {}).items() if name in expect} for m in messages]
+    assert found == [{}, {}, pytest.approx(expect)]
+    (whole,) = ran(1, wanted)[1]
+    assert whole.metrics
+    assert {name: whole.metrics[name] for name in expect} == found[-1]
+    with pytest.raises(Failure, match="no reference is a label of the model: glad, sad"):
+        ran(2, ["glad", "sad"] * (len(texts) // 2))
 
 
 # Questions

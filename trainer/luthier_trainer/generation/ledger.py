@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,10 +36,13 @@ from luthier_trainer.generation.progress import (
 from luthier_trainer.generation.records import Line, RecordForm, digest
 from luthier_trainer.generation.result import ShardResult, link, shard_name
 from luthier_trainer.generation.samples import Output, Unusable
+from luthier_trainer.generation.scores import numbers_of
 from luthier_trainer.generation.writing import at_the_same_time
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat_before_first_step
 from luthier_trainer.runtime.notices import notice
+from luthier_trainer.scoring import sums
+from luthier_trainer.scoring.sums import Sums
 from luthier_trainer.workspace.manifest import fsync, replace_file
 
 SEGMENT = 1000  # outputs that move from the journal into the table together
@@ -78,6 +82,8 @@ class Shard:
         """Numbers of those that an earlier attempt has left there."""
         self.done = self.failed = 0
         """Number of outputs that are there, errors included, and of those that cannot be made."""
+        self.sums: Sums = {}
+        """Sums over those that were compared with references."""
         self.first_error: str | None = None
         """Why the first of them cannot be made."""
         self.attempt = 0
@@ -135,6 +141,7 @@ class Shard:
         taken = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
         self.attempt = max([before, *taken]) + 1
         self.done, self.failed, self.first_error = self.state.outputs, self.state.failed, self.state.first_error
+        self.sums = sums.read(self.state.sums)
         self.files.mkdir()  # fails if another pod has just begun the same attempt
         for number, line in kept:
             if name := self.records.file(line):
@@ -218,7 +225,9 @@ class Shard:
     def _take(self, number: int, line: Line) -> None:
         """Count the line of an output as pending."""
         error = None if line["error"] is None else f"row {line['row']}: {line['error']}"
-        self.pending[number] = Pending(encode(line), error)
+        numbers = numbers_of(self.settings["task"], line)
+        self.pending[number] = Pending(encode(line), error, numbers)
+        self.sums = sums.added(self.sums, numbers)
         self.done += 1
         self.failed += error is not None
         self.first_error = self.first_error or error
@@ -278,8 +287,10 @@ class Shard:
         pieces = {piece.attempt: piece for piece in self.state.pieces}
         piece = pieces.get(self.attempt, Piece(self.attempt, 0, 0))
         pieces[self.attempt] = replace(piece, outputs=piece.outputs + count, size=piece.size + len(text))
+        total = reduce(sums.added, (item.numbers for item in segment), sums.read(self.state.sums))
         self.state = replace(
             self.state,
+            sums=sums.written(total),
             pieces=tuple(pieces.values()),
             failed=self.state.failed + len(errors),
             first_error=self.state.first_error or next(iter(errors), None),
@@ -306,8 +317,9 @@ class Shard:
         if self.pending:
             assert self._seal(len(self.pending)), "finish needs all outputs"
         about = {"span": [self.span.start, self.span.stop], "runs": self.runs, "settings": self.settings}
+        found = {"kind": self.state.kind, "metrics": metrics, "sums": self.state.sums}
         try:
-            self.result.write(self._whole_segments(), about | {"kind": self.state.kind, "metrics": metrics})
+            self.result.write(self._whole_segments(), about | found)
         except FileNotFoundError as error:
             self._go_back(self.verified, f"{error.filename} is gone")
 

@@ -15,24 +15,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.metrics import GENERATE_FAILED_ROWS, GENERATE_MAX_ROWS, GENERATE_ROWS, GENERATE_ROWS_PER_SECOND
+from luthier_api.metrics import (
+    GENERATE_FAILED_ROWS,
+    GENERATE_MAX_ROWS,
+    GENERATE_ROWS,
+    GENERATE_ROWS_PER_SECOND,
+    GENERATE_SCORE,
+    GENERATE_SCORED_ROWS,
+)
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.table import engine_class
+from luthier_trainer.generation.exports.table import deliver
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.overrides import with_overrides
 from luthier_trainer.generation.poison import Poisoned
-from luthier_trainer.generation.result import failed_outputs
+from luthier_trainer.generation.result import failed_outputs, total_sums
 from luthier_trainer.generation.rows import Samples, span_of_shard
 from luthier_trainer.generation.samples import Output, Sample
+from luthier_trainer.generation.scores import ROWS, SCORED, metrics_of
 from luthier_trainer.generation.settings import settings
 from luthier_trainer.generation.writing import Writer
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.runtime.run_folder import stop_requested
 from luthier_trainer.runtime.telemetry import Telemetry
+from luthier_trainer.scoring.sums import Sums
 from luthier_trainer.workspace.prepared import read_prepared
 
 if TYPE_CHECKING:
@@ -103,13 +114,37 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             "seconds": round(seconds, 3),
             "rowsPerSecond": round((len(span) - before) / seconds, 4),
         }
+        if scored := shard.sums.get(ROWS):
+            metrics[SCORED] = int(scored)
         shard.finish(metrics)
     failed = int(metrics["failedRows"])
     telemetry.set(GENERATE_ROWS, len(span))
     telemetry.set(GENERATE_FAILED_ROWS, failed)
     refuse_too_many(spec.max_failed_rows, failed_outputs(folder, spec.shards), shard.first_error)
     told = f"; {failed} cannot be made, first: {shard.first_error}" if shard.first_error else ""
+    total = total_sums(folder, spec.shards, shard.settings)
+    if total is not None:  # all shards are complete
+        deliver(run, record, folder, index)
+        metrics = {**metrics, **scores(run, folder, total, outputs)}
     return ending(ExitCode.COMPLETED, f"{len(span) - failed} outputs{told}", started, metrics=metrics)
+
+
+def scores(run: GenerateRun, folder: WorkspaceFolder, total: Sums, outputs: int) -> dict[str, float]:
+    """Return the metrics of the whole job, all of whose shards are complete; a notice says what they leave out.
+
+    `total`: the sums of all shards. If several shards end at the same time, each of them reports the same metrics.
+    """
+    if not total:
+        return {}
+    failed, scored = failed_outputs(folder, run.spec.shards), int(total[ROWS])
+    if scored < outputs:
+        notice(
+            f"status.metrics: of {outputs} outputs, {scored} are compared with their references; {failed} cannot be"
+            f" made, and {outputs - scored - failed} have no reference. Neither counts in the metrics"
+        )
+    found = metrics_of(run.spec.task, total)
+    print(f"metrics over {scored} outputs: {', '.join(f'{name} {value:.6g}' for name, value in found.items())}")
+    return found
 
 
 def work(
@@ -159,6 +194,11 @@ def report(telemetry: Telemetry, shard: Shard) -> None:
     """Set the metrics of how far the shard is."""
     telemetry.set(GENERATE_ROWS, shard.done)
     telemetry.set(GENERATE_FAILED_ROWS, shard.failed)
+    sums = shard.sums
+    if ROWS in sums:
+        telemetry.set(GENERATE_SCORED_ROWS, int(sums[ROWS]))
+        for name, value in metrics_of(shard.settings["task"], sums).items():
+            telemetry.set(GENERATE_SCORE, value, name)
 
 
 def ending(code: ExitCode, message: str, started: float, **facts: Any) -> TerminationMessage:

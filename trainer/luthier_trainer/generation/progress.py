@@ -16,6 +16,7 @@ from typing import Any
 
 from luthier_trainer.generation.kinds import Kind
 from luthier_trainer.generation.records import Line
+from luthier_trainer.scoring.sums import Numbers
 
 JOURNAL, TABLE, INDEX, START = "journal.jsonl", "table.jsonl", "index.jsonl", "start.json"
 SHOWN = 60  # characters of a setting in a notice
@@ -39,6 +40,8 @@ class State:
     first_error: str | None = None
     kind: Kind = field(default_factory=dict)
     """Types of the columns, as far as lines have shown them."""
+    sums: dict[str, str] = field(default_factory=dict)
+    """Sums over the outputs that were compared with references, as `scoring.sums` writes them."""
 
     @property
     def outputs(self) -> int:
@@ -58,6 +61,8 @@ class Pending:
     text: bytes
     """Its line."""
     error: str | None
+    numbers: Numbers
+    """What comparing it with its reference gives; nothing without one."""
 
 
 def append_durably(path: Path, text: bytes) -> None:

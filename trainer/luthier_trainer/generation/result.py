@@ -17,6 +17,8 @@ from typing import Any
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.generation.records import RecordForm
 from luthier_trainer.runtime.heartbeat import beat
+from luthier_trainer.scoring import sums
+from luthier_trainer.scoring.sums import Sums
 from luthier_trainer.workspace.manifest import CHUNK_BYTES, fsync, replace_file, sha256
 
 ENTRIES = "\n"  # separates the entries of the files in a manifest, so that they can be read one at a time
@@ -85,7 +87,7 @@ class ShardResult:
             fsync(parent)
         entry = {"path": self.records.table(self.name), "size": size, "sha256": digest.hexdigest()}
         self._write_manifest(about, entry, listed)
-        kept = {name: about[name] for name in ("span", "settings", "metrics")}
+        kept = {name: about[name] for name in ("span", "settings", "metrics", "sums")}
         replace_file(self.summary, json.dumps(kept | {"size": size}).encode())
 
     def _link_files(self, source: Path, text: bytes, parents: set[Path]) -> Iterator[dict[str, Any]]:
@@ -120,6 +122,23 @@ class ShardResult:
 
 SUMMARY = "summary.json"
 """What the end of a shard's name in `shards/` is of the file that says how it ended."""
+
+
+def total_sums(folder: WorkspaceFolder, count: int, settings: dict[str, Any]) -> Sums | None:
+    """Return the sums over the outputs of all shards that were compared with references.
+
+    None if not all of them are complete, or if they were not all made with these settings.
+    """
+    total: Sums = {}
+    for i in range(count):
+        try:
+            summary = json.loads((folder.shards / f"{shard_name(i, count)}.{SUMMARY}").read_bytes())
+        except FileNotFoundError:
+            return None
+        if summary["settings"] != settings:
+            return None
+        total = sums.added(total, sums.read(summary.get("sums", {})))
+    return total
 
 
 def failed_outputs(folder: WorkspaceFolder, count: int) -> int:

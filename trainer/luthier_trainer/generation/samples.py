@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from luthier_api.generate import Settings
+from luthier_api.tasks import REFERENCE
 
 SEEDS = 2**32  # seeds have 32 bits, as in the API, so that the seed of an output can be used as the seed of a row
 
@@ -42,6 +43,10 @@ class Sample:
     """Identifier of the row in the user's data."""
     input: Mapping[str, Any] | None = None
     """The other columns of its row, which are copied to its line. The output does not depend on them."""
+    reference: Any = None
+    """What the output should be, as `scores` compares it; None if its row does not say. The output does not depend on
+    it.
+    """
     problem: str | None = None
     """Why `prepare` could not read the row. Such a sample is never made."""
 
@@ -66,7 +71,8 @@ class Sample:
     def facts(self) -> dict[str, Any]:
         """Return the fields of its line: which output it is, and what the output depends on."""
         about = {"row": self.row, "sample": self.index, "id": self.id}
-        return {**about, **self.cells, "seed": self.seed, "settings": self.overrides}
+        reference = {} if self.reference is None else {REFERENCE: self.reference}
+        return {**about, **self.cells, **reference, "seed": self.seed, "settings": self.overrides}
 
 
 class Unusable(Exception):

@@ -6,8 +6,9 @@ booleans, and lists and objects of these.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from luthier_trainer.data import columns as roles
@@ -48,6 +49,18 @@ def columns(rows: Rows, wanted: Sequence[str] | None, taken: Sequence[str], fiel
                 " and every output repeats them. Name those that you need; [] carries none"
             )
     return carried
+
+
+def reader(rows: Rows, column: str, field: str) -> Callable[[Any], Any]:
+    """Return the function that makes a cell of a column a value of JSON. Raises Failure if JSON cannot represent it."""
+    feature = rows.data.features[column]
+    if not fits(feature):
+        raise roles.invalid(
+            f'{field}: column "{column}" of {rows.origin} holds {feature}, which a line of JSON cannot hold'
+        )
+    if column in rows.mixed:  # values of several kinds, lists and objects are JSON text
+        return lambda value: None if value is None else json.loads(value)
+    return lambda value: plain(value, feature)
 
 
 def lines(rows: Rows) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,9 @@ from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.rows import Line
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare.generation_cells import BadRow, is_chat
+from luthier_trainer.prepare import references
+from luthier_trainer.prepare.bad_rows import BadRow
+from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -311,10 +313,32 @@ def transformers_model_with_adapters(
     """
     folders = [adapter for adapter, _ in found]
     adapters.check_together(folders, spec.adapters, "spec.adapters")
+    check_labels(path, spec, [f for f, a in zip(folders, spec.adapters, strict=True) if a.weight != 0], rows, field)
     if TASKS[spec.task].head:
         brought = {name for folder in folders for name in adapters.names_in(folder)}
         weight_check.check_head(path, inspect.read_config(path, field), spec.task, brought, field)
     return weight_files.count(path, field)
+
+
+def check_labels(path: Path, spec: GenerateJobSpec, used: list[Path], rows: Iterable[Line], field: str) -> None:
+    """Check references that are labels. `used`: adapters, which may bring a head with labels of its own.
+
+    Raises Failure if the model has none of the labels.
+    """
+    if spec.task == "zero-shot-classification":
+        assert spec.zero_shot.labels is not None, "the API requires them"
+        references.check_labels(rows, spec.zero_shot.labels, references.problem_of(spec))
+    if spec.task not in ("text-classification", "token-classification"):
+        return
+    from luthier_trainer.generation.loading import head_options  # imports torch
+
+    config = inspect.read_config(path, field)
+    head = head_options(used)
+    names = list(head.get("id2label", config.id2label).values())
+    if spec.task == "token-classification":
+        references.check_labels(rows, references.types_of(names), None)
+    else:
+        references.check_labels(rows, names, head.get("problem_type", config.problem_type))
 
 
 def pipeline_with_adapters(

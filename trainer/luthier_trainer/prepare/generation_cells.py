@@ -11,14 +11,15 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
-from luthier_api.tasks import GENERATION_TASKS, IMAGES, generation_tasks
+from luthier_api.tasks import GENERATION_TASKS, IMAGES, REFERENCE, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.generation.overrides import read_overrides
 from luthier_trainer.generation.pictures import Pictures
 from luthier_trainer.generation.rows import Line
-from luthier_trainer.prepare import carried_columns, generation_images, sweeps
+from luthier_trainer.prepare import carried_columns, generation_images, other_job, references, sweeps
+from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.sweeps import Template
 from luthier_trainer.runtime.failure import Failure
 
@@ -30,21 +31,18 @@ OPTIONAL_COLUMNS = {
 """Role → default name of its column, for all tasks, so that an unsupported column of another task is noticed, too."""
 ABOUT_THE_ROW = ("seed", "id")
 """Roles of columns that are no input of the task."""
+DIGEST = "sha256"
+"""Column of the outputs of another job with the SHA-256 of an image."""
 TEXTS = "texts"
 """Key of a line that was read: its texts for the template."""
-
-
-class BadRow(ValueError):
-    """Why a row cannot be worked on."""
 
 
 def named(run: GenerateRun) -> dict[str, str]:
     """Return role → name of its column, of all roles of the job's task."""
     names = run.spec.inputs.columns
     assert names is not None, "every dataset has columns"
-    task = GENERATION_TASKS[run.spec.task]
     given: dict[str, Any] = names.dump()
-    return {role: given[role] for role in (*task.columns, *task.optional_columns, "id") if given.get(role)}
+    return {role: given[role] for role in (*GENERATION_TASKS[run.spec.task].roles, "id") if given.get(role)}
 
 
 def required_roles(run: GenerateRun) -> list[str]:
@@ -59,6 +57,8 @@ def inline(run: GenerateRun) -> Iterator[Line]:
     for row in run.spec.inputs.rows or []:
         given: dict[str, Any] = row.dump()
         line: Line = {role: given[role] for role in (*task.columns, *task.optional_columns, "id") if given.get(role)}
+        if row.reference:
+            take_reference(run, row.reference, line)
         if "seed" in given:
             line["seed"] = given["seed"]
         if run.spec.inputs.template:
@@ -86,6 +86,17 @@ def read_images(line: Line, run: GenerateRun) -> None:
             line["error"] = f"{role}: {problem}"
 
 
+def take_reference(run: GenerateRun, value: Any, line: Line) -> None:
+    """Add the reference in a cell to a line, or the reason why it cannot be read."""
+    try:
+        found = references.reference(run.spec.task, value, line)
+    except BadRow as problem:
+        line["error"] = "; ".join([*([line["error"]] if "error" in line else []), f"{REFERENCE}: {problem}"])
+        return
+    if found is not None:
+        line[REFERENCE] = found
+
+
 def is_chat(run: GenerateRun) -> bool:
     """Return whether prompts are messages, which a chat template writes."""
     return run.spec.task == "text-generation" and run.spec.text.chat
@@ -109,15 +120,22 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
     if template:
         roles.pop("prompt", None)
     roles = {role: column for role, column in roles.items() if is_there(rows, role, column, task.optional_columns)}
+    compared = roles.pop(REFERENCE, None)
+    cell_of_reference = carried_columns.reader(rows, compared, references.FIELD) if compared else None
     images = {role: column for role, column in roles.items() if role in IMAGES}
     rows = generation_images.encoded(rows, images)
     read = {role: reader_of(rows, run, role, column) for role, column in roles.items()}
-    taken = [*roles.values(), *overridden.values()]
+    taken = [*roles.values(), *overridden.values(), *([compared] if compared else [])]
     others = carried_columns.columns(rows, names.carry, taken, f"{INPUTS}.columns.carry")
     lines = carried_columns.lines(rows)
-    for row in rows.data.select_columns(list(dict.fromkeys([*taken, *texts, *others]))):
+    outcome = other_job.ERROR if run.spec.inputs.job else None
+    others = {name: kind for name, kind in others.items() if name != outcome}
+    kept = [*taken, *texts, *others, *([outcome, DIGEST] if outcome else [])]
+    for row in rows.data.select_columns(list(dict.fromkeys(kept))):
         line: Line = {}
         problems = []
+        if outcome and row[outcome] is not None:
+            problems.append(f"{run.spec.inputs.job} could not make it: {row[outcome]}")
         for role, column in roles.items():
             try:
                 value = read[role](row[column])
@@ -126,6 +144,9 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
                 value = None if role in (*ABOUT_THE_ROW, *IMAGES) else plain_text(row[column])
             if value is not None:
                 line[role] = value
+        written = [role for role, column in images.items() if outcome and column == other_job.FILE_NAME]
+        if not problems and any(line[role] != row[DIGEST] for role in written):
+            problems.append(f"the image is not as {run.spec.inputs.job} has written it")
         carried = {name: carried_columns.plain(row[name], others[name]) for name in others}
         names_of_images = {column: generation_images.name_of(row[column]) for column in images.values()}
         files = {column: file for column, file in names_of_images.items() if file}
@@ -141,6 +162,8 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
             problems.append(str(problem))
         if problems:
             line["error"] = "; ".join(problems)
+        if cell_of_reference:
+            take_reference(run, cell_of_reference(row[compared]), line)
         yield line
 
 

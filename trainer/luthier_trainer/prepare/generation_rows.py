@@ -17,9 +17,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from luthier_api.outputs import BATCH
 from luthier_api.run import GenerateRun, Origin
 from luthier_api.status import ResolvedDataset
-from luthier_api.tasks import GENERATION_TASKS
+from luthier_api.tasks import GENERATION_TASKS, REFERENCE
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Loader
 from luthier_trainer.data.remote import without_query
@@ -28,11 +29,11 @@ from luthier_trainer.generation import rows as prepared_rows
 from luthier_trainer.generation.overrides import problem_of
 from luthier_trainer.generation.rows import Line, Written
 from luthier_trainer.generation.samples import derive_seed
-from luthier_trainer.prepare import sweeps
+from luthier_trainer.prepare import batch_requests, other_job, sweeps
+from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import (
     INPUTS,
     TEXTS,
-    BadRow,
     cells,
     inline,
     is_chat,
@@ -68,17 +69,26 @@ def read_inputs(run: GenerateRun, cache: Path) -> tuple[ReadRows, ResolvedDatase
     """
     spec, inputs = run.spec, run.spec.inputs
     refuse_unused(spec.stores, inputs.dataset)
-    if inputs.dataset is None:
+    if inputs.dataset:
+        needed = batch_requests.COLUMNS if inputs.form == BATCH else needed_columns(run)
+        loader = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=needed, stores=spec.stores)
+        rows = loader.split(inputs.dataset.split, "split")
+        source = inputs.dataset.id or ", ".join(map(without_query, inputs.dataset.files or []))
+    elif inputs.job:
+        rows, source = other_job.rows(run, inputs.job, cache), f"GenerateJob {inputs.job}"
+    else:
         found = kept(inline(run), run, cache)
         return found, ResolvedDataset(source="inline", rows=len(found)), ()
-    assert inputs.columns is not None, "every dataset has columns"
-    needed = tuple(named(run)[role] for role in required_roles(run))
-    loader = Loader(inputs.dataset, f"{INPUTS}.dataset", cache, columns=needed, stores=spec.stores)
-    rows = loader.split(inputs.dataset.split, "split")
-    source = inputs.dataset.id or ", ".join(map(without_query, inputs.dataset.files or []))
     revision = provenance.combined(origin.digest for origin in rows.origins) if rows.origins else rows.revision
-    found = kept(cells(rows, run), run, cache)
+    read = batch_requests.lines if inputs.form == BATCH else cells
+    found = kept(read(rows, run), run, cache)
     return found, ResolvedDataset(source=source[:300], revision=revision, rows=len(found)), rows.origins
+
+
+def needed_columns(run: GenerateRun) -> tuple[str, ...]:
+    """Return the columns that must be in all files of a dataset, or in none."""
+    roles = named(run)
+    return tuple(roles[role] for role in (*required_roles(run), REFERENCE) if role in roles)
 
 
 def kept(lines: Iterable[Line], run: GenerateRun, cache: Path) -> ReadRows:
@@ -164,7 +174,8 @@ class Maker:
 
 def identity(line: Line) -> int:
     """Return 64 bits that identify a row: by its identifier, or else by all that its output depends on."""
-    own = {"id": line["id"]} if "id" in line else {name: value for name, value in line.items() if name != "input"}
+    own = {name: value for name, value in line.items() if name not in ("input", REFERENCE)}
+    own = {"id": line["id"]} if "id" in line else own
     text = json.dumps(own, sort_keys=True).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.outputs import EXPORT_MANIFEST, LINES
 from luthier_api.run import FineTuneRun, GenerateRun
 from luthier_api.status import HubStatus
 from luthier_api.termination import TerminationMessage
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 CARD = "README.md"
 MANIFESTS = {
     "model": re.compile(re.escape(MANIFEST)),
-    "dataset": re.compile(rf"shard-\d{{5}}-of-\d{{5}}\.{re.escape(MANIFEST)}"),
+    "dataset": re.compile(rf"shard-\d{{5}}-of-\d{{5}}\.{re.escape(MANIFEST)}|{re.escape(EXPORT_MANIFEST)}"),
 }
-"""Type of repository → pattern of the manifests that a result has: `result_manifest` and `shard_manifest`."""
+"""Type of repository → pattern of the manifests that a result has: `result_manifest`; `shard_manifest`, or that of
+outputs in another form.
+"""
 PATTERNS = 200  # the client compares every file of the repository with every pattern of files to delete
 
 
@@ -104,6 +107,8 @@ def verified_files(run: FineTuneRun | GenerateRun) -> list[Path]:
     folder = WorkspaceFolder(Path(run.workspace))
     if isinstance(run, FineTuneRun):
         manifests = [folder.result_manifest]
+    elif run.spec.outputs.format != LINES:
+        manifests = [folder.result / EXPORT_MANIFEST]
     else:
         manifests = [shard_manifest(folder, i, run.spec.shards) for i in range(run.spec.shards)]
     files: list[Path] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from luthier_api.augmentation import Augmentation
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
-from luthier_api.tasks import TASKS, TRAINING_TASKS, TaskInfo
+from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
+from luthier_trainer.generation.scores import ROWS, metrics_of
 from luthier_trainer.models import quantised_base
 from luthier_trainer.models.embedding import tokens_of_adapter
 from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
+from luthier_trainer.scoring import sums
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
@@ -267,9 +270,17 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     """Return the README of a dataset of generated outputs."""
     spec = run.spec
     repo = (spec.hub and spec.hub.repo) or run.name
-    manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"*.{MANIFEST}"))]
+    manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"shard-*.{MANIFEST}"))]
     metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
-    front = {"tags": ["luthier", spec.task, "synthetic"], "configs": [dataset_fields.config(manifests)]}
+    total = reduce(sums.added, (sums.read(manifest.get("sums", {})) for manifest in manifests), sums.read({}))
+    titles = {metric.name: metric.title for metric in GENERATION_TASKS[spec.task].metrics}
+    scores = {titles[name]: f"{value:.6g}" for name, value in metrics_of(spec.task, total).items()}
+    front: dict[str, Any] = {
+        "tags": ["luthier", spec.task, "synthetic"],
+        "configs": [dataset_fields.config(manifests, spec.outputs.format)],
+    }
+    if info := dataset_fields.info(manifests, spec.outputs.format):
+        front["dataset_info"] = info
     facts = {
         "Task": spec.task,
         "Model": source(prepared.model.source, prepared.model.revision),
@@ -283,11 +294,13 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     about = (
         f"Generated with Luthier, GenerateJob `{run.name}`. Each row is an output: its inputs, seed and digest, the"
         " settings that its row overrides (`settings`), what else stood in its row of the inputs (`input`), or why it"
-        " could not be made (`error`). `run` names an entry of `runs` in the manifests of the shards: all settings,"
-        " the versions of model and adapters, and the libraries and the hardware."
+        " could not be made (`error`). `run` names an entry of `runs` in the manifests: all settings, the versions of"
+        " model and adapters, and the libraries and the hardware."
     )
     load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
-    return document(front, repo, about, [("How to load it", load), ("How it was made", table(facts))])
+    compared = f"Over the {total[ROWS]} outputs that have a reference and could be made.\n\n" if scores else ""
+    sections = [("How to load it", load), ("Metrics", compared + table(scores)), ("How it was made", table(facts))]
+    return document(front, repo, about, sections)
 
 
 def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:

@@ -32,14 +32,15 @@ class Telemetry:
             self._metrics[metric.name] = (
                 Histogram(metric.name, metric.help, registry=self.registry, buckets=STEP_BUCKETS)
                 if metric.type == "histogram"
-                else make[metric.type](metric.name, metric.help, registry=self.registry)
+                else make[metric.type](metric.name, metric.help, metric.labels, registry=self.registry)
             )
         return self._metrics[metric.name]
 
-    def set(self, metric: Metric, value: float) -> None:
+    def set(self, metric: Metric, value: float, *labels: str) -> None:
+        """Set a gauge. `labels`: the values of its labels."""
         gauge = self._metric(metric)
         assert isinstance(gauge, Gauge)
-        gauge.set(value)
+        (gauge.labels(*labels) if labels else gauge).set(value)
 
     def add(self, metric: Metric, value: float = 1) -> None:
         counter = self._metric(metric)

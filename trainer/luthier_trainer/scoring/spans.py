@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Span = tuple[str, int, int]
-"""(type, first word, last word)"""
+"""(type, first word, last word), or any other two positions"""
 OUTSIDE = "O"
 
 
@@ -43,6 +43,15 @@ def types_of(tags: Sequence[str]) -> list[str]:
     return sorted({tag.partition("-")[2] for tag in tags if tag != OUTSIDE})
 
 
+def counted(given: set[Span], wanted: set[Span], types: Sequence[str]) -> list[float]:
+    """Return the number of entities that are right, given and wanted, for each type."""
+    return [
+        float(sum(kind == name for kind, _, _ in chosen))
+        for name in types
+        for chosen in (given & wanted, given, wanted)
+    ]
+
+
 @dataclass(frozen=True)
 class SpanScore:
     """Counts the entities of rows of these types."""
@@ -51,12 +60,7 @@ class SpanScore:
 
     def numbers(self, answered: Sequence[str], reference: Sequence[str]) -> list[float]:
         """Return the numbers of a row, which may be added to those of others: found, answered and wanted by type."""
-        given, wanted = set(spans(answered)), set(spans(reference))
-        return [
-            float(sum(kind == name for kind, _, _ in chosen))
-            for name in self.types
-            for chosen in (given & wanted, given, wanted)
-        ]
+        return counted(set(spans(answered)), set(spans(reference)), self.types)
 
     def figures(self, total: Sequence[float]) -> dict[str, float]:
         """Return precision, recall and f1 over all entities, and f1Macro, the mean over the types.

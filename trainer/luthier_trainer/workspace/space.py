@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.outputs import LINES
 from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import GENERATION_TASKS
@@ -162,9 +163,14 @@ class OutputBytes:
 
 
 def outputs_bytes(spec: GenerateJobSpec, outputs: int, rows_bytes: int) -> OutputBytes:
-    """Return what outputs take. Each of them repeats its row; `rows_bytes`: of all these rows together."""
+    """Return what outputs take. Each of them repeats its row; `rows_bytes`: of all these rows together.
+
+    In another form than lines they are there twice.
+    """
     lines = rows_bytes + outputs * LINE_BYTES
-    return OUTPUTS[GENERATION_TASKS[spec.task].settings](spec, outputs, lines)
+    found = OUTPUTS[GENERATION_TASKS[spec.task].settings](spec, outputs, lines)
+    copies = 1 if spec.outputs.format == LINES else 2
+    return OutputBytes(least=copies * found.least, most=copies * found.most)
 
 
 def texts_bytes(spec: GenerateJobSpec, outputs: int, lines: int) -> OutputBytes:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec, TextSettings
 from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.tasks import REFERENCE
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.masks import ChatReader
 from luthier_trainer.generation.batching import find_sharing
@@ -46,7 +47,7 @@ class TextEngine:
     """Makes texts, `batch_size` at a time, with the model in `model_path` and the adapters of the spec."""
 
     window_rows: ClassVar[int] = KNOWN_PROMPTS
-    records = TextRecords(keys=line_keys("prompt", "text", "finishReason", "promptTokens", "newTokens"))
+    records = TextRecords(keys=line_keys("prompt", REFERENCE, "text", "finishReason", "promptTokens", "newTokens"))
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> TextEngine:

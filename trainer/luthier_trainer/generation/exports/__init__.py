@@ -1,0 +1,1 @@
+"""The forms in which outputs are delivered, a file each."""
