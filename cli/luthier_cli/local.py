@@ -188,6 +188,9 @@ class LocalJob:
         return env
 
 
+ROW_FILES = ("image", "initImage", "mask")  # fields of an inline row that name a file
+
+
 def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(field, container, key) of every path in a spec."""
     found: list[tuple[str, Any, Any]] = []
@@ -203,6 +206,8 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
             found.append((f"spec.grpo.rewards[{i}].file", reward, "file"))
         if "path" in reward.get("model", {}):
             found.append((f"spec.grpo.rewards[{i}].model.path", reward["model"], "path"))
+    for i, row in enumerate(spec.get("inputs", {}).get("rows", [])):
+        found += [(f"spec.inputs.rows[{i}].{name}", row, name) for name in ROW_FILES if name in row]
     dataset, at = (
         (spec["dataset"], "spec.dataset")
         if "dataset" in spec
