@@ -44,6 +44,7 @@ GenerateTask = Literal[
     "text-classification",
     "token-classification",
     "question-answering",
+    "image-classification",
     "text-generation",
     "text-to-image",
     "zero-shot-classification",
@@ -52,7 +53,6 @@ GenerateTask = Literal[
     "summarization",
     "translation",
     "text2text-generation",
-    "image-classification",
     "image-to-text",
     "image-to-image",
 ]

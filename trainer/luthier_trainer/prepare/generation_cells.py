@@ -186,7 +186,7 @@ def refuse_negative_prompts(rows: Rows, run: GenerateRun) -> None:
     if has_prompts and run.spec.task not in with_them and OPTIONAL_COLUMNS["negativePrompt"] in rows.data.column_names:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{INPUTS}: only {', '.join(with_them)} has negative prompts; remove them for {run.spec.task}",
+            f"{INPUTS}: negative prompts are for {' and '.join(with_them)}; remove them for {run.spec.task}",
         )
 
 

@@ -91,7 +91,8 @@ class Canary(Callback):
             return
         if texts:
             print(f"step {state.global_step}/{state.max_steps}  plan: {'; '.join(texts)}", flush=True)
-        for text in remarks(self.plan, *ratios):
+        # Rounded as the operator reads them, so that its texts are the same.
+        for text in remarks(self.plan, *map(metrics.figure, ratios)):
             notice(text)
 
     def gathered(self, device: torch.device) -> list[MemoryUse]:
