@@ -345,7 +345,8 @@ MISTAKES = [
         name="negative prompts for text",
         content="prompt,negative_prompt\na,b\n",
         code=ExitCode.INVALID_SPEC,
-        message="spec.inputs: negative prompts are for text-to-image and image-to-image; remove them for text-generation",
+        message="spec.inputs: negative prompts are for text-to-image and image-to-image; remove them for"
+        " text-generation",
     ),
     MistakeCase(
         name="images from a language model",
