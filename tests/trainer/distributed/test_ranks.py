@@ -57,7 +57,7 @@ from luthier_trainer.workspace.prepared import read_prepared
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
-# Their groups of runs take minutes, and DeepSpeed compiles its collectives first. DDP shows most faults of our own code.
+# Their groups of runs take minutes, and DeepSpeed compiles its collectives first. DDP shows most faults of our code.
 SLOW = ("zero1", "zero2", "zero3")
 
 
