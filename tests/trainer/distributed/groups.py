@@ -20,7 +20,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_trainer.distributed import launch
 from luthier_trainer.distributed.strategy import deepspeed_config
 
-TIMEOUT = 240  # of one start, on a machine that has other things to do
+TIMEOUT = 600  # of one start, on a machine that has other things to do
 BUILD_SECONDS = 900
 
 
