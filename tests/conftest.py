@@ -66,7 +66,7 @@ class GarbageCollection:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cells", action="store_true", help="train all of docs/matrix.md, instead of each pair")
+    parser.addoption("--all-cells", action="store_true", help="train all of docs/matrix.md, with each strategy")
 
 
 def pytest_configure(config: pytest.Config) -> None:

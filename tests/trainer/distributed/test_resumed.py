@@ -73,10 +73,14 @@ def rows(llama: Path, prose_data: DatasetDict, paragraphs: list[str]) -> Rows:
 
 @pytest.fixture(scope="module")
 def trained(
-    llama: Path, rows: Rows, deepspeed_operators: None, tmp_path_factory: pytest.TempPathFactory
+    llama: Path, rows: Rows, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Courses]:
     @functools.cache
     def of(strategy: str) -> Courses:
+        if strategy != "ddp" and not request.config.getoption("--all-cells"):
+            pytest.skip("takes many minutes a strategy: run with --all-cells")
+        if strategy.startswith("zero"):
+            request.getfixturevalue("deepspeed_operators")
         first, second = (Group(tmp_path_factory.mktemp(name), {}) for name in ("first", "second"))
         for case in CASES:
             for name, stop in ((case.course, None), (case.name, case.stop)):
