@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from trainer.generating import TEXT, sample
 
+from luthier_api.tasks import REFERENCE
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import ledger
 from luthier_trainer.generation.engines.base import Batched
@@ -48,7 +49,7 @@ class Counting(Batched):
 
 
 def shard(folder: Path) -> Shard:
-    records = TextRecords(line_keys("prompt", "text"))
+    records = TextRecords(line_keys("prompt", REFERENCE, "text"))
     return Shard(WorkspaceFolder(folder), 0, 1, records, range(OUTPUTS), {"task": "text-generation"}, "here")
 
 
