@@ -9,7 +9,7 @@ from typing import Any
 
 import cel
 
-from luthier_api.base import ApiModel, Rule
+from luthier_api.base import ApiModel
 from luthier_api.kinds import FineTuneJob, GenerateJob, kind_of
 from luthier_api.marks import rules_of
 from luthier_api.problems import InvalidDocument, parse
@@ -47,12 +47,12 @@ def check_job(document: dict[str, Any]) -> FineTuneJob | GenerateJob:
     return job
 
 
-def holds(rule: Rule, values: dict[str, Any]) -> bool:
-    """Whether `rule` holds where its variables have these values."""
-    context = cel.Context(values)
+def context_of(data: dict[str, Any]) -> cel.Context:
+    """What the rules of an object know: itself. It costs five times what a rule does, so that all rules share it."""
+    context = cel.Context({"self": data})
     context.add_function("sum", sum)  # of Kubernetes' own library for lists
     context.add_function("length", len)
-    return program(rule.cel).execute(context) is True
+    return context
 
 
 @cache
@@ -66,8 +66,10 @@ def broken_rules(model: ApiModel, path: str = "") -> Iterator[str]:
     looked at.
     """
     data = stored(model, model.dump())
-    for rule in rules_of(type(model)):
-        if not rule.transition and not holds(rule, {"self": data}):
+    rules = [rule for rule in rules_of(type(model)) if not rule.transition]
+    context = context_of(data) if rules else None
+    for rule in rules:
+        if program(rule.cel).execute(context) is not True:
             yield rule.message_at(path)
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from luthier_api.run import GenerateRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.exports import parts
-from luthier_trainer.generation.exports.table import WRITERS, deliver
+from luthier_trainer.generation.exports.table import WRITERS, deliver, move
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.rows import span_of_shard
 from luthier_trainer.generation.samples import Output
@@ -180,6 +181,24 @@ def test_outputs_are_delivered_once(tmp_path: Path) -> None:
     assert not list(folder.result.glob(".data-*"))
     (folder.result / "data.MANIFEST.json").unlink()
     assert again()
+
+
+def test_two_shards_may_deliver_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one puts its folder there just before ours."""
+    partial, target = tmp_path / ".data-0", tmp_path / "data"
+    rename = os.rename
+
+    def late(source: Path, place: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        place.mkdir()
+        (place / "theirs").touch()
+        rename(source, place)
+
+    partial.mkdir()
+    (partial / "ours").touch()
+    monkeypatch.setattr(os, "rename", late)
+    move(partial, target)
+    assert [path.name for path in target.iterdir()] == ["ours"]
 
 
 def test_few_rows_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

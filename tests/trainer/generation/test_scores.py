@@ -281,6 +281,7 @@ FORMS = [
     Form(name="truth", task="text-classification", cell=True, expect="true"),
     Form(name="labels", task="text-classification", cell=["glad", 1], expect=["glad", "1"]),
     Form(name="labels as JSON", task="text-classification", cell='["glad"]', expect=["glad"]),
+    Form(name="not a number", task="text-classification", cell=float("nan"), expect=BadRow),
     Form(name="no label", task="text-classification", cell={"a": 1}, expect=BadRow),
     Form(name="an answer", task="question-answering", cell="Rome", expect=["Rome"]),
     Form(name="answers", task="question-answering", cell=["Rome", "Roma"], expect=["Rome", "Roma"]),
@@ -359,6 +360,7 @@ LABEL_CASES = [
     ),
     Labels(name="a list for several", references=[["sad"], []], problem="multi_label_classification", expect=None),
     Labels(name="a name for a number", references=["sad"], problem="regression", expect="'sad' is none"),
+    Labels(name="not a number", references=["1", "nan"], problem="regression", expect="row 1: .* 'nan' is none"),
     Labels(name="numbers", references=["1", "2.5"], problem="regression", expect=None),
 ]
 

@@ -7,6 +7,7 @@ question without one; or a list of entities with the positions of their characte
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -66,7 +67,7 @@ def name_of(value: Any) -> str:
     """
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and math.isfinite(value):
         return f"{value:.0f}" if value == int(value) else repr(value)
     if isinstance(value, str) and value.strip():
         return value
@@ -178,9 +179,11 @@ def check_kind(value: Any, problem: str | None, row: str) -> None:
     """Raise Failure if a reference is not of the kind that a classifier answers."""
     if problem == "regression":
         try:
-            float(value)
+            finite = math.isfinite(float(value))
         except (TypeError, ValueError):
-            raise columns.invalid(f"{FIELD}: {row}: the model answers numbers, and {value!r} is none") from None
+            finite = False
+        if not finite:
+            raise columns.invalid(f"{FIELD}: {row}: the model answers numbers, and {value!r} is none")
     elif problem == "single_label_classification" and not isinstance(value, str):
         raise columns.invalid(f"{FIELD}: {row}: the model gives a text one label, and this is a list: {value!r}")
 

@@ -6,6 +6,7 @@ last. If several shards end at the same time, each of them does so, and their fi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -66,12 +67,24 @@ def deliver(run: GenerateRun, record: PreparedRecord, folder: WorkspaceFolder, s
         {"path": f"{EXPORT_FOLDER}/{path.name}", "size": path.stat().st_size, "sha256": sha256(path)} for path in files
     ]
     (folder.result / EXPORT_MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder.result / EXPORT_FOLDER, ignore_errors=True)
-    os.rename(partial, folder.result / EXPORT_FOLDER)
+    move(partial, folder.result / EXPORT_FOLDER)
     runs: dict[str, Any] = {name: found for manifest in manifests for name, found in manifest["runs"].items()}
     document = {**about, "runs": runs, "files": entries}
     replace_file(folder.result / EXPORT_MANIFEST, json.dumps(document).encode())
     print(f"outputs are delivered as {form}: {len(files)} files in {folder.result / EXPORT_FOLDER}", flush=True)
+
+
+def move(partial: Path, target: Path) -> None:
+    """Put a folder into the place of another one, which a shard that ends at the same time may put there again."""
+    while True:
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
 
 
 def is_there(result: Path, about: dict[str, Any]) -> bool:
