@@ -108,7 +108,14 @@ async def resumed(fault: Fault | None = None, at: int = 0) -> tuple[Object, int]
         return summary(cluster) | {"attempts": attempts, "resumes": status["resumes"]}, cluster.writes - before
 
 
-@pytest.mark.parametrize("name", ["operator killed before", "operator killed after", "answer lost"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("operator killed before", marks=pytest.mark.slow),
+        pytest.param("operator killed after", marks=pytest.mark.slow),
+        "answer lost",
+    ],
+)
 async def test_a_fault_at_any_one_write_of_a_resume_changes_nothing_in_the_end(name: str) -> None:
     reference, writes = await resumed()
     assert (reference["jobs"]["job"]["state"], reference["resumes"], reference["attempts"]) == ("Complete", 1, [0])

@@ -5,6 +5,8 @@ The text is the language reference that every Python carries (`pydoc_data.topics
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 # Before torch is imported, which reads it once: two workers with two threads each on two cores spend most of their time
 # waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+# accelerate reads what is installed each time that it unwraps a model: a twentieth of a small training.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 TINY = {
     "hidden_size": 32,

@@ -116,6 +116,7 @@ def test_what_needs_bitsandbytes(make_run: Any, tmp_path: Path, case: Case) -> N
     assert needs_bitsandbytes(prepared(run, tmp_path / "model", case.config)) is case.expect
 
 
+@pytest.mark.slow
 def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:
     """It takes torch's compiler along: an eighth of a training process's start."""
     code = """

@@ -33,6 +33,7 @@ def block(wall: float, cpu: float, *losses: float, tokens: int = 0, computed: in
     return {"wall": wall, "cpu": cpu, "losses": list(losses), "tokens": tokens, "computed": computed}
 
 
+@pytest.mark.slow
 def test_the_process_of_a_pod_is_measured_block_by_block(llama: Path, tmp_path: Path) -> None:
     rows = {"input_ids": [[5 + n % 7] * LENGTH for n in range(ROWS)], "length": [LENGTH] * ROWS}
     course = Course(warmup=1, block=2, rounds=2)

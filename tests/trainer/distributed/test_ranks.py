@@ -54,6 +54,8 @@ from luthier_trainer.training import main as train
 from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
 
+pytestmark = pytest.mark.slow
+
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}

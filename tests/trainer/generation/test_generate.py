@@ -69,6 +69,7 @@ def start(run: GenerateRun, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "luthier_trainer.worker", "generate"], env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and numpy 2 talk about each other
 @pytest.mark.usefixtures("one_thread")
 def test_a_shard_killed_on_the_way_makes_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +275,7 @@ def test_importing_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_texts_need_neither_diffusers_nor_peft() -> None:
     code = (
         "import sys, luthier_trainer.generation.engines.text;"

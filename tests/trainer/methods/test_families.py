@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases.methods import method_of
+from cases.quick import quick
 from datasets import DatasetDict
 from peft import (
     AdaLoraConfig,
@@ -143,7 +144,7 @@ class Changes(TrainerCallback):
         self.changed |= {name for name in weights if not torch.equal(weights[name], self.before[name])}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(CASES, "AdaLoRA", "prefix tuning with projection"))
 def test_it_learns_and_goes_on_to_the_last_bit(
     case: Case, tmp_path: Path, llama: Path, prose_data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

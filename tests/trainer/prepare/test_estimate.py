@@ -105,6 +105,7 @@ def test_a_model_of_the_hub_needs_a_configuration(make_run: MakeRun, config: Pat
         answer(replace(given, config=tmp_path / "nothing.json"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(config: Path, tmp_path: Path) -> None:
     """Classes are those of a file of the chart's values, and those that are known by name."""
     manifest = {

@@ -52,6 +52,7 @@ def test_the_recommended_length(lengths: list[int], most: int | None, expect: in
     assert inspection.recommended(numpy.array(lengths), most) == expect
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "rows.csv").write_text("instruction;input;output\nAdd;1 and 2;3\nSay hello;;Hello!\n")
     manifest = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.quick import quick
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from prepared_workspace import without_the_machine
@@ -504,7 +505,7 @@ STOPPED = [
 ]
 
 
-@pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(STOPPED, "adapters with dropout on a model in 4 bits, two micro-batches"))
 def test_a_stopped_run_goes_on_to_the_last_bit(
     case: Learning,
     reinforce: Callable[..., FineTuneRun],

@@ -183,6 +183,7 @@ IDLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IDLE, ids=lambda case: f"{case.name}, {case.method}")
 def test_what_is_loaded_is_what_was_measured(
     case: IdleCase, classify: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -272,6 +273,7 @@ def test_a_third_job_goes_on_from_the_adapter(classify: MakeRun, digits: Path, t
     assert (Path(record.model_path) / "preprocessor_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision"), [("full", "fp32"), ("full", "bf16"), ("lora", "fp32")])
 def test_a_model_of_16_bits_is_delivered_as_one(method: str, precision: str, classify: MakeRun, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", SWIN)
@@ -285,6 +287,7 @@ def test_a_model_of_16_bits_is_delivered_as_one(method: str, precision: str, cla
         assert AutoModelForImageClassification.from_pretrained(Path(run.workspace) / "result").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [RESNET, SWIN], ids=["resnet", "swin"])
 def test_a_resumed_training_is_the_same(config: Any, classify: MakeRun, tmp_path: Path) -> None:
     """With statistics of batches, with chance, and with weights that have other names in files; in the middle of the
@@ -332,6 +335,7 @@ ARCHITECTURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda case: case.name)
 def test_other_architectures_learn(case: ArchitectureCase, classify: MakeRun, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", case.config, size={"height": case.side, "width": case.side})

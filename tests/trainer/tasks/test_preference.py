@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.quick import quick
 from datasets import Dataset
 from hub.server import Running
 from huggingface_hub import HfApi
@@ -234,7 +235,7 @@ STOPPINGS = [
 ]
 
 
-@pytest.mark.parametrize("case", STOPPINGS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(STOPPINGS, "adapters", "all weights, kto"))
 def test_a_stopped_run_goes_on_to_the_last_bit(
     case: Stopping,
     prefer: Callable[..., FineTuneRun],

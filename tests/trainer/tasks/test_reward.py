@@ -134,7 +134,11 @@ def scores(model: Any, run: FineTuneRun) -> list[float]:
         return [float(model.eval()(input_ids=torch.tensor([ids])).logits[0, 0]) for ids in rows]
 
 
-@pytest.mark.parametrize("method", [FULL, LORA, QLORA], ids=lambda method: method["type"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(FULL, marks=pytest.mark.slow), pytest.param(LORA, marks=pytest.mark.slow), QLORA],
+    ids=lambda method: method["type"],
+)
 def test_a_stopped_run_goes_on_to_the_last_bit_and_the_result_is_loaded(
     method: dict[str, Any],
     rate: Callable[..., FineTuneRun],

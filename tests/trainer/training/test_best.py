@@ -188,6 +188,7 @@ def stopped_at(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (message.code, message.step) == (75, step)
 
 
+@pytest.mark.slow
 def test_a_training_that_gets_no_better_ends_early(
     tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

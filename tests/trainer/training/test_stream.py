@@ -181,7 +181,11 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("case", "suffix"),
-    [pytest.param(case, suffix, id=f"{case.name}{suffix}") for case in CASES for suffix in case.suffixes],
+    [
+        pytest.param(case, suffix, id=f"{case.name}{suffix}", marks=[pytest.mark.slow] if number else [])
+        for case in CASES
+        for number, suffix in enumerate(case.suffixes)
+    ],
 )
 def test_the_rows_are_those_of_a_workspace(
     case: Case, suffix: str, tmp_path: Path, make_run: MakeRun, stream: Callable[..., FineTuneRun]
@@ -253,6 +257,7 @@ def test_processes_share_the_rows_of_a_step(processes: int, tmp_path: Path, stre
         assert sorted(shares, key=key) == sorted(alone[step * 12 : (step + 1) * 12], key=key)
 
 
+@pytest.mark.slow
 def test_any_row_can_be_the_first_of_an_attempt(tmp_path: Path, stream: Callable[..., FineTuneRun]) -> None:
     """Also in the second pass; with the counts of what was read."""
     files = write(tmp_path / "data", ".jsonl", texts(1300), texts(90))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data import templates
 from luthier_trainer.data.labelled import REMARK, WHY, noted, told
@@ -106,7 +108,7 @@ def encoded(
         return made
 
     result = told(mapped(rows.data, tokenize, noted(features), parallel=True), rows, longest, use)
-    return result.filter(lambda lengths: [n > 0 for n in lengths], batched=True, input_columns=["length"])
+    return result.select(numpy.flatnonzero(numpy.asarray(result["length"][:]) > 0))
 
 
 def kept(parts: Parts, longest: int) -> tuple[Parts, tuple[str, ...]]:

@@ -106,8 +106,9 @@ def mapped(texts: Dataset, function: Any, features: Any, *, parallel: bool = Fal
     """
     processes = parallel_processes(len(texts)) if parallel else 1
     if _in_memory.get():
-        # A name for the result saves the time to derive one from the function and all that it uses.
-        options |= {"keep_in_memory": True, "new_fingerprint": secrets.token_hex(8)}
+        options["keep_in_memory"] = True
+    # No result is looked for in a cache. A name for it saves the time to derive one from all that the function uses.
+    options["new_fingerprint"] = secrets.token_hex(8)
     options = {"batch_size": rows_at_once(texts, 1000)} | options | ({"num_proc": processes} if processes > 1 else {})
     with one_thread_each() if processes > 1 else nullcontext():
         try:
