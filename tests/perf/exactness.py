@@ -61,7 +61,7 @@ def all_architectures(root: Path) -> dict[str, Any]:
         if not equal:
             different.append(kind)
     tried = sum(map(len, sharing.values()))
-    special = {shared: kinds for shared, kinds in sharing.items() if shared != "slots"}
+    special = {shared: kinds for shared, kinds in sharing.items() if shared != "slots apart"}
     return {
         "tried": tried,
         "equal": tried - len(different),

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Output, Sample
+from luthier_trainer.generation.slots import Slots
 
 PROMPTS = ["The class statement", "An import", "Objects are " * 12, "Names refer to names refer to"]
 NEW = 24
@@ -253,10 +254,12 @@ def logits_of(engine: TextEngine, samples: Sequence[Sample]) -> dict[int, torch.
     return {seed: torch.stack(steps) for seed, steps in found.items()}
 
 
-def test_the_bits_of_a_text_depend_on_nothing_beside_it(lively: Path) -> None:
+@pytest.mark.parametrize("apart", [True, False], ids=["caches of their own", "caches of one capacity"])
+def test_the_bits_of_a_text_depend_on_nothing_beside_it(lively: Path, apart: bool) -> None:
     """The logits of every step, alone, among others, in another order, and after other texts in the same slot."""
     engine = engine_of(lively)
-    assert engine.sharing == "slots"
+    assert engine.sharing == "slots apart"
+    engine.slots = Slots(engine.model, engine.batch_size, engine.padding, apart=apart)
     texts = [*PROMPTS, "A", "is", "The class statement defines", "Objects " * 30, "Names " * 3]
     samples = [sample(text, row=i, seed=i, settings=engine.settings) for i, text in enumerate(texts)]
     whole = logits_of(engine, samples)

@@ -18,13 +18,14 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.generation.slots import Slots, Unfit, capacity_for
+from luthier_trainer.generation.apart import Unfit
+from luthier_trainer.generation.slots import Slots, capacity_for
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
-Sharing = Literal["slots", "any length", "equal length", "none"]
-"""What texts may share: steps of a model, at any time; a batch from beginning to end, with prompts of any or of equal
-length; or nothing.
+Sharing = Literal["slots apart", "slots", "any length", "equal length", "none"]
+"""What texts may share: steps of a model, at any time, with caches of their own or of one capacity; a batch from
+beginning to end, with prompts of any or of equal length; or nothing.
 """
 
 STEPS = 3  # new tokens: the first depends on the prompt, the others also on the cache
@@ -98,9 +99,10 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
     limit = max(smallest, ROUNDING * rounding) if rounding < torch.inf else smallest
     # The second text of the batch has the full length here, and the length of the prompt below.
     longer = [*prompt, *reversed(prompt)] * length
-    in_slots = slots_effect(model, alone, prompt, longer[: length - STEPS], padding)
-    if in_slots <= limit:
-        return "slots"
+    ways: tuple[Sharing, ...] = ("slots apart", "slots") if model.device.type == "cpu" else ("slots",)
+    for way in ways:
+        if slots_effect(model, alone, prompt, longer[: length - STEPS], padding, apart=way == "slots apart") <= limit:
+            return way
     padded = effect(model, alone, [prompt, longer[:length]], padding, length)
     if padded <= limit:
         return "any length"
@@ -120,11 +122,12 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
 
 
 def slots_effect(
-    model: PreTrainedModel, alone: torch.Tensor, prompt: Sequence[int], other: Sequence[int], padding: int
+    model: PreTrainedModel, alone: torch.Tensor, prompt: Sequence[int], other: Sequence[int], padding: int, apart: bool
 ) -> float:
     """Return the difference of the logits after `prompt` in a slot to `alone`; infinite if the model cannot run so.
 
-    It follows another text into its slot, beside `other`, and all prompts are read with padding.
+    It follows another text into its slot, beside `other`, and all prompts are read with padding. `apart`: each text has
+    its own cache.
     """
     follow = prompt[-STEPS:]
     texts = [ForcedText(other, follow), ForcedText(other[:-1], follow[:1]), ForcedText(prompt, follow)]
@@ -135,7 +138,7 @@ def slots_effect(
                 text.take(logits[row].double())
 
     try:
-        slots = Slots(model, 2, padding, prefill_tokens=2 * (len(other) + STEPS))
+        slots = Slots(model, 2, padding, apart=apart, prefill_tokens=2 * (len(other) + STEPS))
         for _ in slots.write(texts, capacity_for(len(other) + STEPS, None), choose):
             pass
         return difference(alone, torch.stack(texts[-1].logits))

@@ -3,7 +3,8 @@
 All steps of a model have one shape: [slots, 1] tokens over caches of one capacity. Prompts are read before, alone or
 with others of nearly the same length, in a shape that follows from their own length. So what a text is next to, and
 when it is written, change no kernel and no bit of it. Each slot holds a text from position 0 on, and a mask hides what
-follows. This suits models whose only memory is attention; `batching` finds out by running them.
+follows; on CPUs each text has a cache of its own instead, where the model allows it (`apart`). This suits models whose
+only memory is attention; `batching` finds out by running them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -18,16 +20,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from luthier_trainer.generation.apart import ApartLayer, Unfit, attending
+
 SMALLEST_CAPACITY = 64  # tokens of a cache; larger ones are powers of two
 SHORTEST_PROMPT = 16  # tokens that prompts are padded to where several are read at once; the next are powers of two
 PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 """Device → tokens that make a pass over a prompt worth it: shorter prompts are read together. On a CPU a matrix is read
 from memory in the time of about ten tokens, on an H100 in that of about 300.
 """
-
-
-class Unfit(ValueError):
-    """The model cannot be run in slots. The text says why."""
 
 
 class Written(Protocol):
@@ -109,9 +109,17 @@ def capacity_for(tokens: int, context: int | None) -> int:
 
 
 class Slots:
-    """`size` slots of one model. `padding`: id of the padding token."""
+    """`size` slots of one model. `padding`: id of the padding token. `apart`: whether each text has its own cache."""
 
-    def __init__(self, model: PreTrainedModel, size: int, padding: int, *, prefill_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        size: int,
+        padding: int,
+        *,
+        apart: bool = False,
+        prefill_tokens: int | None = None,
+    ) -> None:
         """Raises Unfit if the model cannot be run so."""
         parameters = inspect.signature(model.forward).parameters
         if not {"position_ids", "attention_mask", "past_key_values"} <= set(parameters):
@@ -120,18 +128,29 @@ class Slots:
         self.prefill_tokens = PREFILL_TOKENS[self.device.type] if prefill_tokens is None else prefill_tokens
         self.last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.masks = Masks(model)
+        self.apart = apart
+        if apart and not self.masks.allow_apart:
+            raise Unfit("its attention is not over all tokens of a text alone")
         self.indices = torch.arange(size, device=self.device)
         self.computed = 0
         """Tokens that prompts have taken, with padding."""
 
     @torch.inference_mode()
     def write(self, texts: Sequence[Text], capacity: int, choose: Chooser) -> Iterator[list[Text]]:
-        """Yield the texts as they end. The longest prompts are read first, so that memory is short early or never."""
+        """Yield the texts as they end. The longest prompts are read first, so that memory is short early or never.
+
+        `capacity`: of the caches, unless each text has its own.
+        """
         waiting = deque(sorted(texts, key=lambda text: len(text.prompt), reverse=True))
         ready: deque[Read] = deque()
         slots: list[Text | None] = [None] * self.size
         positions = torch.zeros(self.size, dtype=torch.long, device=self.device)
-        cache = Cache(layer_class_to_replicate=lambda: SlotLayer(capacity, self.indices, positions))
+        lengths = [0] * self.size
+        cache = Cache(
+            layer_class_to_replicate=lambda: (
+                ApartLayer(lengths) if self.apart else SlotLayer(capacity, self.indices, positions)
+            )
+        )
         while True:
             for slot, held in enumerate(slots):
                 if held is None and not ready and waiting:
@@ -142,26 +161,33 @@ class Slots:
                     slots[slot] = prompt.text
             if not any(slots):
                 return
-            choose(slots, self.step(slots, cache, positions, capacity))
+            choose(slots, self.step(slots, cache, positions, lengths, capacity))
             ended = [text for text in slots if text is not None and text.ended]
             slots = [None if text is None or text.ended else text for text in slots]
             if ended:
                 yield ended
 
     def step(
-        self, slots: Sequence[Written | None], cache: Cache, positions: torch.Tensor, capacity: int
+        self,
+        slots: Sequence[Written | None],
+        cache: Cache,
+        positions: torch.Tensor,
+        lengths: list[int],
+        capacity: int,
     ) -> torch.Tensor:
         """Return the logits after the last token of each slot, [slots, vocabulary]. Adds that token to the caches."""
         last = [self.padding if text is None else (text.new or text.prompt)[-1] for text in slots]
-        at = [0 if text is None else len(text.prompt) + len(text.new) - 1 for text in slots]
-        positions.copy_(torch.tensor(at))
-        made = self.model(
-            input_ids=torch.tensor(last, device=self.device)[:, None],
-            attention_mask=self.masks.after(positions, capacity),
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        lengths[:] = [0 if text is None else len(text.prompt) + len(text.new) for text in slots]
+        positions.copy_(torch.tensor([max(0, length - 1) for length in lengths]))
+        seen = {"apart": cache} if self.apart else {"attention_mask": self.masks.after(positions, capacity)}
+        with attending(self.model) if self.apart else nullcontext():
+            made = self.model(
+                input_ids=torch.tensor(last, device=self.device)[:, None],
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                **seen,
+            )
         logits: torch.Tensor = made.logits[:, -1]
         return logits
 
@@ -239,6 +265,9 @@ class Masks:
         if implementation not in ("eager", "sdpa"):
             raise Unfit(f"its attention is {implementation}")
         self.added = torch.finfo(model.dtype).min if implementation == "eager" else None
+        plain = self.only == self._all and set(self.kinds) <= {"full_attention"} and not model.config.sub_configs
+        self.allow_apart = implementation == "sdpa" and plain
+        """Whether each token sees all before it, in all layers, and one setting says by which kernel."""
         self.dtype = model.dtype
 
     def after(self, positions: torch.Tensor, capacity: int) -> torch.Tensor | dict[str, torch.Tensor]:

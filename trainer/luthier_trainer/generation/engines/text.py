@@ -98,7 +98,9 @@ class TextEngine:
             if token != self.padding and token not in self.ends
         ]
         self.sharing = find_sharing(self.model, prompt[:TEST_TOKENS], self.padding, length)
-        self.slots = Slots(self.model, batch_size, self.padding) if self.sharing == "slots" else None
+        self.slots = None
+        if self.sharing in ("slots", "slots apart"):
+            self.slots = Slots(self.model, batch_size, self.padding, apart=self.sharing == "slots apart")
         self.choice = Choice()
         self.constraints = Constraints(self.tokenizer)
         self.tokens_of = lru_cache(KNOWN_PROMPTS)(self._tokenize)
@@ -138,12 +140,13 @@ class TextEngine:
     def group(self, sample: Sample) -> Hashable:
         """Return what samples that are worked on together have in common.
 
-        In slots it is the capacity of the caches. In batches it is the length in tokens that a prompt is padded to: the
-        next power of two, limited by the context of the model, or the prompt's own length without padding.
+        In slots it is the capacity of the caches, unless each text has its own. In batches it is the length in tokens
+        that a prompt is padded to: the next power of two, limited by the context of the model, or the prompt's own
+        length without padding.
         """
         length, new = len(self.tokens(sample)), self.settings_of(sample).max_new_tokens
         if self.slots:
-            return capacity_for(length + new, self.context)
+            return 0 if self.slots.apart else capacity_for(length + new, self.context)
         if self.sharing != "any length":
             return length
         rounded = max(SHORTEST_BATCH, 1 << (length - 1).bit_length())
