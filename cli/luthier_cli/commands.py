@@ -141,16 +141,17 @@ def inspect(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    options_metavar="train|gpu [--file FILE] [OPTIONS]",
+    options_metavar="train|generate|gpu [--file FILE] [OPTIONS]",
 )
 def bench(
     context: typer.Context,
-    which: Annotated[str, typer.Argument(metavar="train|gpu")] = "train",
+    which: Annotated[str, typer.Argument(metavar="train|generate|gpu")] = "train",
     file: Annotated[str | None, typer.Option("--file", "-f", metavar="FILE")] = None,
     mount: Mounts = None,
 ) -> None:
-    """Measure the speed and the memory of a training beside its plan and beside other programs. `luthier bench train
-    --help` has the options; --file measures the FineTuneJob of a manifest.
+    """Measure the speed and the memory of a training beside its plan and beside other programs, or the speed of a
+    generation beside the limit of the device. `luthier bench train --help` has the options; --file measures the
+    FineTuneJob, or the GenerateJob, of a manifest.
     """
     from luthier_cli.benchmark import bench as measure
     from luthier_cli.manifests import Refused

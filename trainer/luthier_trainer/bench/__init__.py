@@ -1,1 +1,1 @@
-"""`luthier bench train`: how fast a training is, and how much memory it takes, beside other programs and the plan."""
+"""`luthier bench`: how fast a training or a generation is, beside other programs, the plan, and the device's limit."""

@@ -1,6 +1,6 @@
 """`python -m luthier_trainer.bench train`: one JSON document on stdout, everything else on stderr.
 
-`luthier bench train` is the same command, which can also read a manifest.
+`luthier bench train` is the same command, which can also read a manifest; so is `generate` (`generating`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, read_run
-from luthier_trainer.bench import gpu
+from luthier_trainer.bench import generating, gpu
 from luthier_trainer.bench.cases import MODELS, Case, make_model, run_of
 from luthier_trainer.bench.comparison import device, surroundings, train
 from luthier_trainer.bench.rounds import Course, Unmeasured
@@ -76,7 +76,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": main, "gpu": gpu.main}
+COMMANDS = {"train": main, "generate": generating.main, "gpu": gpu.main}
 
 if __name__ == "__main__":
     if not sys.argv[1:] or sys.argv[1] not in COMMANDS:

@@ -27,7 +27,7 @@ import json, torch
 of = torch.cuda.get_device_properties(0)
 print(json.dumps([of.name, of.total_memory]))
 """
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "bitsandbytes")
 
 
 def measurable(run: FineTuneRun, steps: int) -> FineTuneRun:
@@ -156,7 +156,7 @@ def beside_plan(program: Program, plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Device:
-    """What trains."""
+    """What trains or generates."""
 
     name: str = "CPU, one core for each program"
     memory: int | None = None

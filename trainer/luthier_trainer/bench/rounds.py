@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier_api.run import FineTuneRun, PreparedRecord
+from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.variables import Variables
 from luthier_trainer.workspace.prepared import read_prepared
 
@@ -59,7 +59,7 @@ def environment(root: Path, run_file: Path, cpu: bool) -> dict[str, str]:
     return dict(os.environ) | own | ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if cpu else {})
 
 
-def prepare(run: FineTuneRun, root: Path, deadline: float) -> PreparedRecord:
+def prepare(run: FineTuneRun | GenerateRun, root: Path, deadline: float) -> PreparedRecord:
     """Run the phase `prepare` as a pod does. Raises Unmeasured."""
     root.mkdir(parents=True, exist_ok=True)
     run_file = root / "run.json"
