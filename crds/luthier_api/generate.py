@@ -419,7 +419,7 @@ ROWS_SIZE = 65536
 """Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
 server counts what it costs to convert each text at its longest, and refuses the CRD.
 """
-TEXTS = ("prompt", "negativePrompt", "text", "question", "context", "image", "initImage", "mask", "reference")
+TEXTS = ("prompt", "negativePrompt", "tools", "text", "question", "context", "image", "initImage", "mask", "reference")
 """Fields of a row that hold a text, or a path."""
 
 
@@ -439,6 +439,10 @@ class Row(ApiModel):
         None
     )
     """Texts for `inputs.template`, by their names there. Each output repeats them under `input`."""
+    tools: Annotated[str | None, Field(min_length=2, max_length=8192), For("task")] = None
+    """The tools that the model can call: a list of JSON schemas, as JSON text. Needs text.chat, whose template writes
+    them.
+    """
     negative_prompt: Annotated[str | None, Field(max_length=8192), For("task")] = None
     """What the image should not show. An empty text is none, as an empty cell of a dataset is."""
     text: Annotated[str | None, Field(min_length=1, max_length=ROWS_SIZE), For("task")] = None
@@ -470,6 +474,10 @@ class InputColumns(ApiModel):
 
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The prompt. Text files hold one a line and need no name here."""
+    tools: Annotated[ShortText | None, For("task")] = None
+    """The tools that the model can call: a list of JSON schemas, or its JSON text; an empty cell has none. Needs
+    text.chat, whose template writes them.
+    """
     text: Annotated[ShortText, For("task")] = by_table()
     """The text that the model reads. Text files hold one a line and need no name here."""
     question: Annotated[ShortText, For("task")] = by_table()
@@ -642,6 +650,27 @@ def output_rules() -> Iterator[Rule]:
             )
 
 
+CONTACT_SHEET = 24
+"""Images on a contact sheet, where the job does not say."""
+
+
+class OutputsHub(Hub):
+    """Where the outputs are published, and the token that reads private or gated sources."""
+
+    contact_sheet: Annotated[int | None, Field(ge=0, le=100), For("task")] = None
+    """Images on the contact sheet: a page of HTML beside the dataset (contact-sheet.html) with thumbnails of the first
+    outputs, their prompts and seeds. 24 when left out, 0: no page.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Hub.rules,
+        Rule(
+            "has(self.repo) || !has(self.contactSheet)",
+            "hub.contactSheet: belongs to hub.repo, the repository to publish to; set hub.repo, or remove contactSheet",
+        ),
+    )
+
+
 class GenerateResources(ApiModel):
     """The pod of each shard."""
 
@@ -681,6 +710,8 @@ def overridable(block: str) -> list[str]:
     return [field.alias or to_camel(name) for name, field in model.model_fields.items()]
 
 
+WITH_CHAT = "(has(self.text) && has(self.text.chat) && self.text.chat)"
+TOOLS_NEED_CHAT = "are written into the prompt by a chat template; set text.chat: true, or remove it"
 TOKENS_ALONE = "single tokens (entities.aggregation: none) are no entities to compare; remove it, or set another one"
 
 
@@ -773,7 +804,7 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """Claims and config maps of the namespace that every pod of the job sees, read-only: data, models, prompts."""
     stores: Annotated[Stores, CIRCUMSTANCES] = Field(default_factory=list)
     """How files are read whose address begins with s3://, gs:// or az://: credentials, and the server."""
-    hub: Annotated[Hub | None, PUBLICATION] = None
+    hub: Annotated[OutputsHub | None, PUBLICATION] = None
     prepare: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     publish: Annotated[PhaseResources | None, CIRCUMSTANCES] = None
     scheduling: Annotated[Scheduling, CIRCUMSTANCES] = Field(default_factory=Scheduling)
@@ -818,6 +849,14 @@ class GenerateJobSpec(JobControl, TabledSpec):
         Rule(
             "self.task != 'zero-shot-classification' || (has(self.zeroShot) && has(self.zeroShot.labels))",
             "spec.zeroShot.labels: zero-shot-classification needs the labels that a text may have; set them",
+        ),
+        Rule(
+            f"!has(self.inputs.columns) || !has(self.inputs.columns.tools) || {WITH_CHAT}",
+            f"spec.inputs.columns.tools: {TOOLS_NEED_CHAT}",
+        ),
+        Rule(
+            f"!has(self.inputs.rows) || !self.inputs.rows.exists(row, has(row.tools)) || {WITH_CHAT}",
+            f"spec.inputs.rows.tools: {TOOLS_NEED_CHAT}",
         ),
         Rule(
             "self.resources.gpus > 0 || !has(self.image) || self.image.offload == 'none'",

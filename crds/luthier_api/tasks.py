@@ -155,6 +155,8 @@ IMAGES = ("image", "initImage", "mask")
 """Roles whose cells are images: a row of `inputs.rows` has the path of a file there."""
 SEED = "seed"
 """Role of the seed of a row, and the field of the seed of a job."""
+TOOLS = "tools"
+"""Role of the tools that a conversation can call. A chat template writes them into the prompt."""
 REFERENCE = "reference"
 """Role of what an output should be, with which it is compared."""
 
@@ -639,7 +641,7 @@ TASKS: Mapping[str, TaskInfo] = {
         peft_task_type="CAUSAL_LM",
         generation=GenerationTask(
             columns={"prompt": "prompt"},
-            optional_columns={"seed": "seed"},
+            optional_columns={TOOLS: None, "seed": "seed"},
             settings="text",
             options=RESULT_OPTIONS
             | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None}
@@ -668,7 +670,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt"},
             optional_columns={"negativePrompt": "negative_prompt", "seed": "seed"},
             settings="image",
-            options={"adapters[].file": None, "image.refiner": None},
+            options={"adapters[].file": None, "image.refiner": None, "hub.contactSheet": None},
         ),
     ),
     "zero-shot-classification": TaskInfo(
@@ -730,7 +732,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"prompt": "prompt", "initImage": "image"},
             optional_columns={"negativePrompt": "negative_prompt", "mask": "mask", SEED: "seed"},
             settings="image",
-            options={"adapters[].file": None, "image.strength": 0.8},
+            options={"adapters[].file": None, "image.strength": 0.8, "hub.contactSheet": None},
         ),
     ),
 }

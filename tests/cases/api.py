@@ -162,6 +162,7 @@ def preferred_pods(kind: str = "podAffinity", key: str = "zone", **selector: Any
 
 
 SECRET = {"name": "hf", "key": "token"}
+PUBLISHED: dict[str, Any] = {"repo": "org/out", "tokenSecretRef": SECRET}
 MLFLOW: dict[str, Any] = {"type": "mlflow", "url": "http://mlflow:5000"}
 TRACKIO: dict[str, Any] = {
     "type": "trackio",
@@ -770,6 +771,24 @@ MARKS: list[Case] = [
         message="spec.inputs.rows.negativePrompt: applies to text-to-image,",
         refused={"spec.inputs.rows": NEGATIVE},
         accepted=PICTURES | {"spec.inputs.rows": NEGATIVE},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.hub.contactSheet: applies to text-to-image, image-to-image;",
+        refused={"spec.hub": PUBLISHED | {"contactSheet": 9}},
+        accepted=PICTURES | {"spec.hub": PUBLISHED | {"contactSheet": 9}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.rows.tools: applies to text-generation;",
+        refused=PICTURES | {"spec.inputs.rows": [{"prompt": "a", "tools": "[]"}]},
+        accepted={"spec.inputs.rows": [{"prompt": "a", "tools": "[]"}], "spec.text": {"chat": True}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.columns.tools: applies to text-generation;",
+        refused=PICTURES | {"spec.inputs": named("tools")},
+        accepted={"spec.inputs": named("tools"), "spec.text": {"chat": True}},
         base=GENERATE,
     ),
     Case(
@@ -1627,6 +1646,24 @@ CASES: list[Case] = [
         message="hub.private:",
         refused={"spec.hub": {"tokenSecretRef": SECRET, "private": False}},
         accepted={"spec.hub": {"repo": "org/out", "tokenSecretRef": SECRET, "private": False}},
+    ),
+    Case(
+        message="hub.contactSheet: belongs to hub.repo",
+        refused=PICTURES | {"spec.hub": {"tokenSecretRef": SECRET, "contactSheet": 9}},
+        accepted=PICTURES | {"spec.hub": PUBLISHED | {"contactSheet": 9}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.columns.tools: are written into the prompt by a chat template;",
+        refused={"spec.inputs": named("tools")},
+        accepted={"spec.inputs": named("tools"), "spec.text": {"chat": True}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.inputs.rows.tools: are written into the prompt by a chat template;",
+        refused={"spec.inputs.rows": [{"prompt": "a"}, {"prompt": "a", "tools": "[]"}]},
+        accepted={"spec.inputs.rows": [{"prompt": "a", "tools": "[]"}], "spec.text": {"chat": True}},
+        base=GENERATE,
     ),
     # FineTuneJob
     Case(

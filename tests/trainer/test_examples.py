@@ -1,6 +1,4 @@
-"""`luthier run` with the real trainer: the two manifests of a style for Stable Diffusion XL, made short, on a small
-pipeline.
-"""
+"""`luthier run` with the real trainer: manifests of the examples, made short, on small models."""
 
 from __future__ import annotations
 
@@ -20,7 +18,9 @@ from hub.server import Running
 from huggingface_hub import HfApi
 from PIL import Image
 from prepared_workspace import losses
+from pyarrow import parquet
 from trainer.small_sdxl import write_small_sdxl
+from transformers import AutoTokenizer
 
 from luthier_api.run import FineTuneRun, read_run
 from luthier_api.spec import Hub, SecretKey
@@ -136,3 +136,60 @@ def test_a_chat_model_learns_to_prefer(tmp_path: Path, tiny_model: Path, pairs: 
     log = (tmp_path / "luthier-runs/support-manners/logs/prepare.log").read_text()
     assert "The chosen answer of the first training row" in log
     assert "<|assistant|>\n⟦" in log
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "generate-chain.yaml": {"model": {"path": "/data/model"}, "batchSize": 2},
+    "generate-openai-batch.yaml": {"model": {"path": "/data/model"}, "batchSize": 2},
+    "generate-parquet.yaml": {"model": {"path": "/data/model"}, "batchSize": 2},
+}
+SHORT_TEXTS = {"maxNewTokens": 4}
+TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_texts_go_from_job_to_job_and_in_and_out_in_other_forms(tmp_path: Path, tiny_model: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_model, data / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(data / "model")
+    asked = {"method": "POST", "url": "/v1/chat/completions"}
+    messages = [{"role": "user", "content": "What is a lute?"}]
+    files: dict[str, list[dict[str, Any]]] = {
+        "beginnings": [{"beginning": "A lute is"}, {"beginning": "Some"}],
+        "requests": [asked | {"custom_id": "one", "body": {"messages": messages, "max_tokens": 3}}],
+        "questions": [{"question": "Is it warm?", "tools": [TOOL]}, {"question": "And here?", "tools": "no tools"}],
+    }
+    for name, rows in files.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, changes in FORMS.items():
+        documents = list(yaml.safe_load_all((EXAMPLES / name).read_text()))
+        for document in documents:
+            document["spec"] |= changes | {"resources": {"gpus": 0}}
+            document["spec"]["text"] |= SHORT_TEXTS
+        (tmp_path / name).write_text(yaml.safe_dump_all(documents))
+
+    words = [sys.executable, "-m", "luthier_cli", "run", *FORMS, "--mount", "/data=data", "-o", "json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    tales, summaries, answers, calls = (Path(job["result"]) for job in json.loads(done.stdout)["jobs"])
+    told, summed = (
+        list(map(json.loads, (folder / "shard-00000-of-00001.jsonl").read_text().splitlines()))
+        for folder in (tales, summaries)
+    )
+    assert [line["prompt"] for line in summed] == [
+        f"<user>Summarise this tale in one sentence: {line['text']}<assistant>" for line in told
+    ]
+    (answer,) = map(json.loads, (answers / "data/batch_output.jsonl").read_text().splitlines())
+    assert answer["custom_id"] == "one"
+    assert answer["response"]["body"]["usage"]["completion_tokens"] == 3
+    first, second = parquet.read_table(calls / "data").to_pylist()
+    assert first["prompt"].startswith('[{"type": "function", "function": {"name": "weather"')
+    assert (first["error"], second["finishReason"]) == (None, "error")
+    assert second["error"].startswith('tools: column "tools": "no tools" is no list of JSON schemas')

@@ -41,7 +41,9 @@ def test_the_others_are_made(tmp_path: Path, tiny_model: Path, monkeypatch: pyte
     assert message.metrics
     assert (message.metrics["rows"], message.metrics["failedRows"]) == (4, 2)
     assert message.message.startswith("2 outputs; 2 cannot be made, first: row 1: prompt: ")
-    assert [line["error"] is None for line in result_lines(run)] == [True, False, True, False]
+    lines = result_lines(run)
+    assert [line["error"] is None for line in lines] == [True, False, True, False]
+    assert [line["finishReason"] for line in lines] == ["length", "error", "length", "error"]
 
 
 def test_the_limit_is_that_of_all_shards(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,6 +128,13 @@ def test_the_command_of_the_card_reads_the_dataset(
     monkeypatch.chdir(tmp_path)
     rows = run_command(result / "README.md", tmp_path)
     check(rows, [output for shard in case.shards for output in shard])
+
+
+def test_the_card_shows_texts(tmp_path: Path) -> None:
+    run = finished(tmp_path / "job", "text-generation", [[error(0), text(1)], [text(2)]])
+    card = model_card.card(run, read_prepared(run), WorkspaceFolder(tmp_path / "job").result)
+    (shown,) = re.findall(r"## Samples\n\n```text\n(.*?)\n```", card, re.DOTALL)
+    assert [json.loads(line)["text"] for line in shown.splitlines()] == ["text 1", "text 2"]
 
 
 def test_a_shard_without_images_is_left_out_of_images(tmp_path: Path) -> None:

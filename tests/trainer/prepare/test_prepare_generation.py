@@ -386,6 +386,81 @@ def test_a_system_prompt_stands_before_messages_without_one(
     assert [row["prompt"] for row in rows_of(run)] == ["<system>Be brief.<user>Why?", "<system>Be long.<user>Why?"]
 
 
+TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather of a city"}}
+WITH_TOOLS = "{% if tools %}[{{ tools | tojson }}]{% endif %}"
+MESSAGES = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class ToolsCase:
+    name: str
+    tools: Any
+    written: list[Any] | None = None
+    error: str | None = None
+    template: str = WITH_TOOLS + MESSAGES
+
+
+TOOLS = [
+    ToolsCase(name="a list", tools=[TOOL], written=[TOOL]),
+    ToolsCase(name="its JSON text", tools=json.dumps([TOOL]), written=[TOOL]),
+    ToolsCase(name="functions alone", tools=[TOOL["function"]], written=[TOOL]),
+    ToolsCase(name="none", tools=None),
+    ToolsCase(name="an empty list", tools=[]),
+    ToolsCase(name="no list", tools="soon", error='tools: column "can": "soon" is no list of JSON schemas'),
+    ToolsCase(
+        name="a tool without a name",
+        tools=[{"type": "function", "function": {"parameters": {}}}],
+        error='tools: column "can": {"type": "function", "function": {"parameters": {}}} has no name',
+    ),
+    ToolsCase(
+        name="a template without tools",
+        tools=[TOOL],
+        template=MESSAGES,
+        error="tools: the chat template leaves them out; remove them, or choose a model that knows tools",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", TOOLS, ids=lambda case: case.name)
+def test_tools_are_written_by_the_template(
+    case: ToolsCase, make_generate_run: MakeRun, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = case.template
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "can": case.tools}) + '\n{"prompt": "Why not?", "can": null}\n')
+    inputs = {"dataset": {"files": [str(file)]}, "columns": {"tools": "can"}}
+    run = make_generate_run(
+        model={"path": str(tmp_path / "model")}, inputs=inputs, text={"chat": True, "maxNewTokens": 8}
+    )
+    first, second = rows_of(run)
+    asked = [{"role": "user", "content": "Why?"}]
+    written = tokenizer.apply_chat_template(
+        asked, tools=case.written, tokenize=False, add_generation_prompt=True, return_dict=False
+    )
+    assert (first.get("error"), second["prompt"]) == (case.error, "<user>Why not?")
+    if case.error is None:
+        assert first["prompt"] == written
+        assert "tools" not in first
+
+
+def test_tools_of_inline_rows(make_generate_run: MakeRun, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = WITH_TOOLS + MESSAGES
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "Why?", "tools": json.dumps([TOOL])}, {"prompt": "Why?", "tools": "{}x"}, {"prompt": "Why?"}]
+    run = make_generate_run(
+        model={"path": str(tmp_path / "model")}, inputs={"rows": rows}, text={"chat": True, "maxNewTokens": 8}
+    )
+    first, second, third = rows_of(run)
+    assert first["prompt"] == f"[{json.dumps([TOOL])}]<user>Why?"
+    assert second["error"] == 'tools: "{}x" is no list of JSON schemas'
+    assert third["prompt"] == "<user>Why?"
+
+
 def test_a_constraint_that_cannot_be_compiled_is_refused(make_generate_run: MakeRun) -> None:
     with pytest.raises(Failure, match="regex: cannot be used: ") as failure:
         main(make_generate_run(inputs={"rows": [{"prompt": "a"}]}, text={"maxNewTokens": 8, "regex": "(a"}))

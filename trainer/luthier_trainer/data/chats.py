@@ -144,6 +144,19 @@ def prompt_of(value: Any, nested: bool) -> list[Message]:
     return messages
 
 
+def tools_in(value: Any, nested: bool) -> list[dict[str, Any]]:
+    """Return the tools in a cell, which may be empty. Raises Malformed if it holds something else, or one has no name.
+
+    `nested`: whether the column holds lists (`is_nested`).
+    """
+    tools = tools_of(_cell(value, nested))
+    for tool in tools:
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Malformed(f"tools: {shown(tool)} has no name")
+    return tools
+
+
 def prompts(rows: Rows, column: str, field: str) -> Iterator[list[Message]]:
     """Yield the messages of each row; a text is the message of a user. Raises Failure at a row that holds neither."""
     nested = is_nested(rows, column)

@@ -46,6 +46,8 @@ from luthier_trainer.scoring.sums import Sums
 from luthier_trainer.workspace.manifest import fsync, replace_file
 
 SEGMENT = 1000  # outputs that move from the journal into the table together
+FINISH = "finishReason"
+"""Key that says why a text has ended; of one that cannot be made it says so, too."""
 AT_ONCE = 64  # lines that are verified between two heartbeats
 
 
@@ -253,8 +255,10 @@ class Shard:
         """Write the file of an output, if it has one, and return its line."""
         sample = output.sample
         made = {"error": output.error} if output.error is not None else self._write(output)
-        line = {**sample.facts(), **output.facts, "input": sample.input, "run": self.run, **made}
         keys = self.records.keys
+        if made.get("error") is not None and FINISH in keys:
+            made[FINISH] = "error"
+        line = {**sample.facts(), **output.facts, "input": sample.input, "run": self.run, **made}
         assert line.keys() <= set(keys), f"lines have no {line.keys() - set(keys)}"
         return {key: line.get(key) for key in keys}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier_api.generate import Settings
-from luthier_api.tasks import REFERENCE
+from luthier_api.tasks import REFERENCE, TOOLS
 from luthier_trainer.generation.samples import Sample, sample_seed
 from luthier_trainer.workspace.manifest import fsync, replace_file
 
@@ -25,8 +25,8 @@ Line = dict[str, Any]
 """A line of the file."""
 EVERY = 1000  # rows between two entries of the index
 MOST_KNOWN = 1000  # settings of rows that are kept for the next row with the same ones
-OWN = frozenset({"row", "seed", "id", "settings", "outputs", "input", REFERENCE, "error"})
-"""Keys of a line that are nothing the model reads."""
+OWN = frozenset({"row", "seed", "id", "settings", "outputs", "input", TOOLS, REFERENCE, "error"})
+"""Keys of a line that are nothing the model reads. Tools stand in the prompt."""
 
 
 def span_of_shard(outputs: int, shards: int, index: int) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
-from luthier_api.tasks import TASKS, Modality
+from luthier_api.tasks import TASKS, TOOLS, Modality
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
@@ -163,10 +164,16 @@ def chat_writer(
         system = line.get("settings", {}).get("systemPrompt", system_prompt)
         if system and messages[0]["role"] not in SYSTEM_ROLES:
             messages = [{"role": "system", "content": system}, *messages]
+        tools = line.get(TOOLS)
         try:
-            return line | {"prompt": reader.render(messages, open_turn=True).text}
+            prompt = reader.render(messages, tools, open_turn=True).text
+            if tools and prompt == reader.render(messages, open_turn=True).text:
+                raise BadRow(
+                    f"{TOOLS}: the chat template leaves them out; remove them, or choose a model that knows tools"
+                )
         except Unreadable as error:
             raise BadRow(f"prompt: the chat template cannot write it: {error}") from None
+        return {name: value for name, value in line.items() if name != TOOLS} | {"prompt": prompt}
 
     return write
 
@@ -195,7 +202,7 @@ def check_tokens(
         for row in rows
         if "error" not in row
         for role in TASKS[spec.task].generated.columns
-        for text in _texts(row[role])
+        for text in (*_texts(row[role]), *([json.dumps(row[TOOLS])] if TOOLS in row else []))
     )
     embedding.check_prompts(beyond, texts, tokenizer, field, OTHER_TOKENIZER)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
-from luthier_api.tasks import GENERATION_TASKS, IMAGES, REFERENCE, generation_tasks
+from luthier_api.tasks import GENERATION_TASKS, IMAGES, REFERENCE, TOOLS, generation_tasks
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Rows
@@ -61,6 +61,12 @@ def inline(run: GenerateRun) -> Iterator[Line]:
             take_reference(run, row.reference, line)
         if "seed" in given:
             line["seed"] = given["seed"]
+        if TOOLS in line:
+            try:
+                found = tools(line.pop(TOOLS), nested=False)
+            except BadRow as problem:
+                line["error"], found = f"{TOOLS}: {problem}", None
+            line |= {TOOLS: found} if found else {}
         if run.spec.inputs.template:
             line[TEXTS] = {**given.get("fields", {}), **({"prompt": row.prompt} if row.prompt else {})}
             line.pop("prompt", None)
@@ -141,7 +147,7 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
                 value = read[role](row[column])
             except (BadRow, generation_images.BadImage) as problem:
                 problems.append(f"{role}: {problem}")
-                value = None if role in (*ABOUT_THE_ROW, *IMAGES) else plain_text(row[column])
+                value = None if role in (*ABOUT_THE_ROW, TOOLS, *IMAGES) else plain_text(row[column])
             if value is not None:
                 line[role] = value
         written = [role for role, column in images.items() if outcome and column == other_job.FILE_NAME]
@@ -212,6 +218,9 @@ def reader_of(rows: Rows, run: GenerateRun, role: str, column: str) -> Callable[
     if role == "prompt" and is_chat(run):
         nested = chats.is_nested(rows, column)
         return lambda value: messages(value, nested)
+    if role == TOOLS:
+        lists = chats.is_nested(rows, column)
+        return lambda value: tools(value, lists, f'column "{column}": ')
     columns.require_text(rows, column, f"{INPUTS}.columns.{role}")
     return optional_text if role in GENERATION_TASKS[run.spec.task].optional_columns else some_text
 
@@ -234,6 +243,14 @@ def messages(value: Any, nested: bool) -> list[chats.Message]:
         return chats.prompt_of(value, nested)
     except chats.Malformed as error:
         raise BadRow(str(error)) from None
+
+
+def tools(value: Any, nested: bool, subject: str = "") -> list[dict[str, Any]] | None:
+    """Return the tools in a cell; None if it is empty. Raises BadRow, with `subject`, if it holds something else."""
+    try:
+        return chats.tools_in(value, nested) or None
+    except chats.Malformed as error:
+        raise BadRow(f"{subject}{str(error).removeprefix(f'{TOOLS}: ')}") from None
 
 
 def identifier(value: Any) -> str:

@@ -26,7 +26,7 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.workspace import MANIFEST, WorkspaceFolder
 from luthier_trainer.generation.result import shard_manifest
 from luthier_trainer.models.hub import REPO, TOKEN, endpoint, hub_api, hub_token, patiently
-from luthier_trainer.publish import model_card
+from luthier_trainer.publish import contact_sheet, model_card
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace import manifest
 from luthier_trainer.workspace.prepared import read_prepared
@@ -43,6 +43,8 @@ MANIFESTS = {
 """Type of repository → pattern of the manifests that a result has: `result_manifest`; `shard_manifest`, or that of
 outputs in another form.
 """
+BESIDE: Mapping[str, frozenset[str]] = {"model": frozenset(), "dataset": frozenset({contact_sheet.FILE})}
+"""Type of repository → files that no manifest lists, and that go with an older result unless this one has them, too."""
 PATTERNS = 200  # the client compares every file of the repository with every pattern of files to delete
 
 
@@ -162,7 +164,10 @@ def create(api: HfApi, target: Target) -> Target:
 
 
 def stage(run: FineTuneRun | GenerateRun, files: list[Path], folder: Path) -> dict[str, Path]:
-    """Fill `folder` with links to the files of the result, and with the card. Returns path in the repository → file."""
+    """Fill `folder` with links to the files of the result, with the card, and with the contact sheet of images.
+
+    Returns path in the repository → file.
+    """
     result = WorkspaceFolder(Path(run.workspace)).result
     for file in files:
         link = folder / file
@@ -170,7 +175,11 @@ def stage(run: FineTuneRun | GenerateRun, files: list[Path], folder: Path) -> di
         link.symlink_to((result / file).resolve())
     (folder / CARD).unlink(missing_ok=True)  # replaces a card that a library has written into the result
     (folder / CARD).write_text(model_card.card(run, read_prepared(run), result))
-    return {str(path): folder / path for path in sorted({*files, Path(CARD)})}
+    own = {Path(CARD)}
+    if isinstance(run, GenerateRun) and (page := contact_sheet.page(run, result)) is not None:
+        (folder / contact_sheet.FILE).write_text(page, encoding="utf-8")
+        own.add(Path(contact_sheet.FILE))
+    return {str(path): folder / path for path in sorted({*files, *own})}
 
 
 def send(api: HfApi, target: Target, title: str, folder: Path, staged: Mapping[str, Path], gone: set[str]) -> str:
@@ -230,7 +239,7 @@ def left_behind(
                 flush=True,
             )
         else:
-            named |= {name, *files}
+            named |= {name, *files, *BESIDE[target.type]}
     return {
         n
         for n in named & there.keys() - set(staged)

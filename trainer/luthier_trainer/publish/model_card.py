@@ -6,6 +6,7 @@ The front matter follows the format of the Hub.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,7 @@ import yaml
 from luthier_api.augmentation import Augmentation
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS, QUANTIZATIONS
+from luthier_api.outputs import LINES
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.trackers import TRACKERS
@@ -26,10 +28,12 @@ from luthier_trainer.models import quantised_base
 from luthier_trainer.models.embedding import tokens_of_adapter
 from luthier_trainer.prepare import data_report
 from luthier_trainer.publish import dataset_fields
+from luthier_trainer.publish.first_outputs import first_outputs, makes_images, shortened
 from luthier_trainer.scoring import sums
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
+SAMPLES, CONSIDERED = 3, 50  # outputs that a card shows, and among how many of the first it looks for them
 # Modality → name of the variable for its processor in the example, and the class that loads it
 PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "AutoImageProcessor")}
 TITLES = {
@@ -299,8 +303,34 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
     )
     load = f'```python\nfrom datasets import load_dataset\n\noutputs = load_dataset("{repo}", split="train")\n```'
     compared = f"Over the {total[ROWS]} outputs that have a reference and could be made.\n\n" if scores else ""
-    sections = [("How to load it", load), ("Metrics", compared + table(scores)), ("How it was made", table(facts))]
+    sections = [
+        ("How to load it", load),
+        ("Samples", samples(run, result)),
+        ("Metrics", compared + table(scores)),
+        ("How it was made", table(facts)),
+    ]
     return document(front, repo, about, sections)
+
+
+def samples(run: GenerateRun, result: Path) -> str:
+    """Return some of the first outputs that could be made: images where they are files of the dataset, or lines."""
+    try:
+        found = first_outputs(run, result, CONSIDERED)
+    except FileNotFoundError:  # the lines of outputs in another form have been deleted
+        return ""
+    made = [(line, file) for line, file in found if line.get("error") is None][:SAMPLES]
+    if makes_images(run):
+        if run.spec.outputs.format != LINES:
+            return ""
+        return "\n\n".join(f"![{unmarked(line['prompt'])}]({file.relative_to(result)})" for line, file in made if file)
+    told = [{name: value for name, value in line.items() if value is not None} for line, _ in made]
+    shown = [shortened(json.dumps(line, ensure_ascii=False)) for line in told]
+    return "\n".join(["```text", *shown, "```"]) if shown else ""
+
+
+def unmarked(text: str) -> str:
+    """Return a text as one line, in which no character is a mark of Markdown or HTML."""
+    return re.sub(r"([^\w\s.,;:'-])", r"\\\1", " ".join(shortened(text).split()))
 
 
 def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:
