@@ -84,8 +84,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     resources: Annotated[TrainingResources, RESULT] = Field(default_factory=TrainingResources)
     strategy: Annotated[Strategy, LAYOUT] = "auto"
     """How processes share the work. auto: one process alone, several by ddp. DeepSpeed divides over the processes what
-    the optimiser keeps (zero1), gradients, too (zero2), and weights (zero3, not with a quantised model). Only the
-    strategy that wrote a checkpoint can resume from it.
+    the optimiser keeps (zero1), gradients, too (zero2), and weights (zero3, not with a quantised model). fsdp divides
+    the same as zero3, by torch itself, on several GPUs. Only the strategy that wrote a checkpoint can resume from it.
     """
     workspace: Annotated[Workspace, PLACE] = Field(default_factory=Workspace)
     volumes: Annotated[Volumes, CIRCUMSTANCES] = Field(default_factory=list)

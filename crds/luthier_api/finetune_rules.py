@@ -83,6 +83,39 @@ PROCESSES = (
 )
 """CEL: the processes of the training."""
 
+WITH_FSDP = (
+    (
+        "self.resources.gpusPerNode > 0",
+        "spec.strategy: fsdp needs GPUs: on CPUs nothing of its exchange overlaps with the computation, and accelerate"
+        " (1.15) silently makes ddp of it; use zero3, which divides the same on CPUs, or ddp",
+    ),
+    (
+        f"{PROCESSES} > 1",
+        "spec.strategy: fsdp divides the weights over GPUs, and there is one; raise resources.gpusPerNode or nodes, or"
+        " use auto or zero3-offload",
+    ),
+    (
+        "self.training.precision != 'fp16'",
+        "spec.training.precision: torch (2.13) scales losses of fp16 without regard to the shards of other GPUs; use"
+        " bf16 or fp32 with fsdp, or strategy zero3",
+    ),
+    (
+        "!has(self.training.torchCompile) || !self.training.torchCompile",
+        "spec.training.torchCompile: has not been proven with fsdp; use strategy ddp, zero1 or zero2, or remove it",
+    ),
+    (
+        "!has(self.method.dora) || !self.method.dora",
+        "spec.method.dora: PEFT (0.21) computes DoRA's magnitudes from whole weights, which fsdp divides; use strategy"
+        " zero3 or ddp, or remove dora",
+    ),
+    (
+        f"({NO_ROWS_IN_ADAPTER})",
+        "spec.model: an embedding that fsdp divides cannot get rows in an adapter; use method.type: full, or strategy"
+        " zero2 or ddp, or remove addSpecialTokens and resizeEmbeddings",
+    ),
+)
+"""Of jobs with strategy fsdp: (CEL, message)."""
+
 RULES: tuple[Rule, ...] = (
     alone_on_its_claim("resources.nodes", "self.resources.nodes == 1"),
     *works_with("task", METHODS_OF_TASKS, "method.type", METHODS, WHY_OF_TASKS["methods"]),
@@ -151,8 +184,8 @@ RULES: tuple[Rule, ...] = (
         " begins from, and with loftq a part of that model is in the adapter; use gaussian, or remove it",
     ),
     Rule(
-        f"{BEGINS_RANDOM} || !self.strategy.startsWith('zero3')",
-        "spec.method.initLoraWeights: ZeRO-3 divides the weights from which adapters begin; use gaussian, or"
+        f"{BEGINS_RANDOM} || !self.strategy.startsWith('zero3') && self.strategy != 'fsdp'",
+        "spec.method.initLoraWeights: ZeRO-3 and FSDP divide the weights from which adapters begin; use gaussian, or"
         " strategy zero2 or ddp",
     ),
     Rule(
@@ -236,7 +269,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         f"{IN_FP32} || self.strategy in ['auto', 'ddp']",
-        "spec.training.parameterPrecision: DeepSpeed keeps the weights in fp32 itself, divided over the GPUs; use"
+        "spec.training.parameterPrecision: DeepSpeed and FSDP keep the weights in fp32, divided over the GPUs; use"
         " strategy auto or ddp, or remove it",
     ),
     Rule(
@@ -253,6 +286,7 @@ RULES: tuple[Rule, ...] = (
         "!has(self.training.tf32) || !self.training.tf32 || self.resources.gpusPerNode > 0",
         "spec.training.tf32: needs GPUs; remove it on CPU",
     ),
+    *(Rule(f"self.strategy != 'fsdp' || {wanted}", message) for wanted, message in WITH_FSDP),
     *works_with("training.optimizer", SCHEDULES_OF_OPTIMIZERS, "training.schedule", SCHEDULES),
     *(
         Rule(

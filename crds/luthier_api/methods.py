@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 UNSHARDED: tuple[Strategy, ...] = ("auto", "ddp", "zero1", "zero2", "zero2-offload")
 """Strategies that keep a whole copy of the model's weights on each GPU."""
+
+DIVIDE_WEIGHTS: tuple[Strategy, ...] = ("zero3", "zero3-offload", "fsdp")
+"""Strategies with which each process has a part of each weight."""
 
 ParameterPrecision = Literal["fp32", "bf16"]
 
@@ -39,6 +42,7 @@ class QuantizationInfo:
     """Why it works with these strategies alone."""
 
 
+PACKED = "ZeRO-3 cannot divide the packed weights of bitsandbytes, and FSDP has not been proven with them"
 # Double quantisation: a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales.
 DOUBLE_QUANT_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
@@ -49,7 +53,7 @@ QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
         bits_with_scales=DOUBLE_QUANT_BITS,
         strategies=UNSHARDED,
         cpu_multiple=64,  # bitsandbytes 0.50
-        why="ZeRO-3 cannot divide the packed weights of bitsandbytes",
+        why=PACKED,
     ),
     "fp4": QuantizationInfo(
         title="4-bit float (FP4)",
@@ -57,14 +61,14 @@ QUANTIZATIONS: Mapping[QuantizationType, QuantizationInfo] = {
         bits_with_scales=DOUBLE_QUANT_BITS,
         strategies=UNSHARDED,
         cpu_multiple=64,
-        why="ZeRO-3 cannot divide the packed weights of bitsandbytes",
+        why=PACKED,
     ),
     "int8": QuantizationInfo(
         title="8-bit integer (LLM.int8)",
         bits=8,
         bits_with_scales=8,  # one scale of 32 bits a row: nothing beside thousands of weights
         strategies=("auto", "ddp"),
-        why="DeepSpeed with bitsandbytes' 8-bit layers has not been proven",
+        why="neither DeepSpeed nor FSDP has been proven with bitsandbytes' 8-bit layers",
     ),
 }
 
@@ -130,8 +134,8 @@ LORA_OPTIONS = {
     **NEW_TOKENS,
 }
 UNDIVIDED: tuple[Strategy, ...] = ("auto", "ddp")
-"""Strategies without DeepSpeed."""
-SMALL = "what learns is too small for DeepSpeed to save memory, and it has not been proven with it"
+"""Strategies that divide nothing."""
+SMALL = "what learns is too small for DeepSpeed to save memory, and neither it nor FSDP has been proven with them"
 PROMPT_OPTIONS = {"method.virtualTokens": 20}
 PROMPT_LIMITS: Mapping[str, str] = {
     "strategies": SMALL,
@@ -178,7 +182,7 @@ METHODS: Mapping[MethodType, MethodInfo] = {
         options=LORA_OPTIONS,
         why={
             "quantizations": "it is the name of LoRA on a base in nf4; lora allows the others",
-            "strategies": "ZeRO-3 cannot divide the packed weights of bitsandbytes",
+            "strategies": PACKED,
         },
     ),
     "adalora": MethodInfo(
@@ -200,7 +204,10 @@ METHODS: Mapping[MethodType, MethodInfo] = {
             "method.orthogonalWeight": 0.5,
             "method.modulesToSave": None,
         },
-        why={"strategies": "ranks are chosen by gradients after the update, which DeepSpeed has freed by then"},
+        why={
+            "strategies": "ranks are chosen by gradients after the update, which DeepSpeed has freed by then, and FSDP"
+            " divides"
+        },
     ),
     "ia3": MethodInfo(
         title="IA3",

@@ -25,7 +25,8 @@ OptimizerName = Literal[
 
 UNDIVIDED: tuple[Strategy, ...] = ("auto", "ddp")
 """Strategies that leave each tensor whole. DeepSpeed joins all weights into one vector and divides it: an optimiser
-that looks at matrices would see none, and bitsandbytes' blocks of 8-bit states would not be those of the tensors.
+that looks at matrices would see none, and bitsandbytes' blocks of 8-bit states would not be those of the tensors. FSDP
+leaves each process some rows of each tensor.
 """
 
 

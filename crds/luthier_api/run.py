@@ -316,6 +316,10 @@ class MemoryFacts(ApiModel):
     """Bytes of the gradients of all weights that learn."""
     largest_unit: int = 0
     """Weights of the largest part of the model that is computed at once: what ZeRO-3 gathers."""
+    largest_block: int = 0
+    """Weights of the largest block of layers: what FSDP gathers."""
+    outside_blocks: int = 0
+    """Weights outside of all blocks, such as embeddings and heads: FSDP has them gathered during a whole pass."""
     unpacked_bytes: int = 0
     """Bytes of the largest quantised layer in the type of the computation."""
     largest_learning: int = 0

@@ -116,7 +116,7 @@ class Plan(ApiModel):
     """How the run is configured: what the user has set, and what was chosen where the spec leaves it open."""
 
     strategy: str
-    """none, ddp, zero1, zero2, zero2-offload, zero3 or zero3-offload."""
+    """none, ddp, zero1, zero2, zero2-offload, zero3, zero3-offload or fsdp."""
     world_size: int = 1
     """Processes over all pods that run at the same time."""
     micro_batch_size: int | None = None

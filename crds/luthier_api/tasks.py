@@ -417,7 +417,8 @@ TASKS: Mapping[str, TaskInfo] = {
             strategies=UNSHARDED,
             why={
                 "methods": LORA_ALONE,
-                "strategies": "with ZeRO-3 the reference would have to be gathered from shards, too, in each step",
+                "strategies": "with ZeRO-3 and FSDP the reference would have to be gathered from shards, too, in each"
+                " step",
             },
             settings="preference",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS,
@@ -566,7 +567,7 @@ TASKS: Mapping[str, TaskInfo] = {
             methods=COMPARED,
             quantizations=("nf4", "fp4", "int8"),
             strategies=UNSHARDED,
-            why={"methods": LORA_ALONE, "strategies": "ZeRO-3 has not been proven with this task"},
+            why={"methods": LORA_ALONE, "strategies": "neither ZeRO-3 nor FSDP has been proven with this task"},
             settings="reward",
             options=TEXT_OPTIONS | TEMPLATE_OPTIONS | SAVED_OPTIONS,
             metrics=(
@@ -590,7 +591,10 @@ TASKS: Mapping[str, TaskInfo] = {
             methods=COMPARED,
             quantizations=("nf4", "fp4", "int8"),
             strategies=UNSHARDED,
-            why={"methods": LORA_ALONE, "strategies": "with ZeRO-3 each token would have to be written from shards"},
+            why={
+                "methods": LORA_ALONE,
+                "strategies": "with ZeRO-3 and FSDP each token would have to be written from shards",
+            },
             settings="grpo",
             options={name: default for name, default in TEXT_OPTIONS.items() if name != "training.groupByLength"}
             | TEMPLATE_OPTIONS,
@@ -659,8 +663,8 @@ TASKS: Mapping[str, TaskInfo] = {
             strategies=("auto", "ddp"),
             why={
                 "methods": "diffusers loads LoRA files, and no others",
-                "strategies": "diffusers cannot load a model in the shards of ZeRO-3, and for ZeRO-2 an adapter is too"
-                " small",
+                "strategies": "diffusers cannot load a model in the shards of ZeRO-3 or FSDP, and for ZeRO-2 an adapter"
+                " is too small",
                 "quantizations": "a model that looks at images is made of convolutions, which stay as they are",
             },
             settings="image",

@@ -210,6 +210,8 @@ def named(role: str) -> Change:
 
 NEGATIVE = [{"prompt": "a lute"}, {"prompt": "a harp", "negativePrompt": "strings"}]
 FULL, LORA, QLORA, BITFIT = ({"spec.method": {"type": method}} for method in ("full", "lora", "qlora", "bitfit"))
+FSDP: dict[str, Any] = {"spec.strategy": "fsdp", "spec.resources": {"gpusPerNode": 2}}
+ON_TWO_CPUS = {"spec.resources": {"gpusPerNode": 0, "processesPerNode": 2}}
 ADALORA, IA3, PROMPT, PTUNING, PREFIX = (
     {"spec.method": {"type": name}} for name in ("adalora", "ia3", "prompt", "p-tuning", "prefix")
 )
@@ -1795,7 +1797,7 @@ CASES: list[Case] = [
         accepted=QLORA | {"spec.method.dora": True},
     ),
     Case(
-        message="spec.method.initLoraWeights: ZeRO-3 divides the weights from which adapters begin; use gaussian, or",
+        message="spec.method.initLoraWeights: ZeRO-3 and FSDP divide the weights from which adapters begin; use",
         refused={"spec.method.initLoraWeights": "olora", "spec.strategy": "zero3-offload"},
         accepted={"spec.method.initLoraWeights": "olora", "spec.strategy": "zero2-offload"},
     ),
@@ -1915,7 +1917,7 @@ CASES: list[Case] = [
         for method in (LORA, QLORA)
     ),
     Case(
-        message="spec.training.parameterPrecision: DeepSpeed keeps the weights in fp32 itself",
+        message="spec.training.parameterPrecision: DeepSpeed and FSDP keep the weights in fp32",
         refused=FULL | {"spec.strategy": "zero2", "spec.training": {"parameterPrecision": "bf16"}},
         accepted=FULL | {"spec.strategy": "ddp", "spec.training": {"parameterPrecision": "bf16"}},
     ),
@@ -1948,6 +1950,37 @@ CASES: list[Case] = [
             accepted={"spec.strategy": "zero2", "spec.training": {"torchCompile": True}},
         )
         for strategy in ("zero3", "zero3-offload")
+    ),
+    *(
+        Case(message=message, refused=FSDP | refused, accepted=FSDP | accepted)
+        for message, refused, accepted in [
+            ("spec.strategy: fsdp needs GPUs", ON_TWO_CPUS, {"spec.strategy": "zero3"} | ON_TWO_CPUS),
+            ("spec.strategy: fsdp divides the weights over GPUs", {"spec.resources": {"gpusPerNode": 1}}, {}),
+            (
+                "spec.training.precision: torch (2.13) scales losses of fp16",
+                {"spec.training": {"precision": "fp16"}},
+                {"spec.training": {"precision": "bf16"}},
+            ),
+            (
+                "spec.training.torchCompile: has not been proven with fsdp",
+                {"spec.training": {"torchCompile": True}},
+                {"spec.training": {"torchCompile": False}},
+            ),
+            (
+                "spec.method.dora: PEFT (0.21) computes DoRA's magnitudes from whole weights",
+                LORA | {"spec.method.dora": True},
+                LORA | {"spec.method.dora": False},
+            ),
+            (
+                "spec.model: an embedding that fsdp divides cannot get rows in an adapter",
+                LORA | {"spec.model.resizeEmbeddings": True},
+                FULL | {"spec.model.resizeEmbeddings": True},
+            ),
+            ("spec.strategy: preference works with auto, ddp, zero1,", PREFERENCE, {}),
+            ("spec.strategy: qlora works with auto, ddp, zero1, zero2, zero2-offload", QLORA, LORA),
+            ("spec.strategy: ia3 works with auto, ddp; choose", IA3, LORA),
+            ("spec.strategy: muon works with auto, ddp; choose", FULL | {"spec.training": {"optimizer": "muon"}}, FULL),
+        ]
     ),
     Case(
         message="spec.training.tf32: needs GPUs",

@@ -61,6 +61,11 @@ SHARDED = [
     Case("zero3", method={"type": "full"}, strategy="zero3"),
     Case("zero3-offload", strategy="zero3-offload"),
 ]
+OVER_TWO = [
+    Case("fsdp", method={"type": "full"}, training={"maxSteps": 24}, strategy="fsdp"),
+    Case("fsdp-fp32", method={"type": "full"}, training={"maxSteps": 24, "precision": "fp32"}, strategy="fsdp"),
+    Case("fsdp-lora", training={"maxSteps": 24}, strategy="fsdp"),
+]
 
 
 def gpu_run(make_run: MakeRun, case: Case, model: Path, files: Path, **spec: Any) -> FineTuneRun:
@@ -107,6 +112,23 @@ def test_with_deepspeed(
     assert code == 0
     metrics = json.loads((Path(run.workspace) / "result" / "metrics.json").read_text())
     assert metrics["evalLoss"] < metrics["evalLossBefore"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", OVER_TWO, ids=lambda case: case.name)
+def test_over_two_gpus(case: Case, make_run: MakeRun, llama: Path, corpus_file: Path, tmp_path: Path) -> None:
+    """The losses are those of DDP, in bf16 within its rounding; and each GPU holds no more than was planned."""
+    found, peaks = {}, {}
+    for strategy in ("ddp", case.strategy):
+        run = gpu_run(make_run, case, llama, corpus_file, resources={"gpusPerNode": 2}, strategy=strategy)
+        prepare(run)
+        with pod(run, tmp_path / strategy) as process:
+            assert process.wait(120) == 0, (tmp_path / strategy / "log").read_text()[-1000:]
+        metrics = json.loads((Path(run.workspace) / "result" / "metrics.json").read_text())
+        found[strategy], peaks[strategy] = metrics["evalLoss"], (metrics["peakMemoryGB"], metrics["plannedMemoryGB"])
+        shutil.rmtree(run.workspace)
+    assert found[case.strategy] == pytest.approx(found["ddp"], rel=1e-4 if "fp32" in case.name else 2e-2)
+    assert peaks[case.strategy][0] <= 1.02 * peaks[case.strategy][1]
 
 
 def test_losses_are_those_of_a_cpu(make_run: MakeRun, llama: Path, corpus_file: Path, figure: Any) -> None:

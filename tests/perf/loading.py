@@ -57,6 +57,8 @@ CASES = [
     Case(name="ddp, adapter", processes=2, strategy="ddp", method=LORA),
     Case(name="zero3, one block learns", processes=2, strategy="zero3", method=BLOCK),
     Case(name="zero3, adapter", processes=2, strategy="zero3", method=LORA),
+    Case(name="fsdp, one block learns", processes=2, strategy="fsdp", method=BLOCK),
+    Case(name="fsdp, adapter", processes=2, strategy="fsdp", method=LORA),
 ]
 
 

@@ -13,7 +13,12 @@ from luthier_api.methods import METHODS
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.validation import broken_rules
 
-BASE: dict[str, Any] = {"model": {"path": "/m"}, "dataset": {"files": ["/d.jsonl"]}, "training": {}}
+BASE: dict[str, Any] = {
+    "model": {"path": "/m"},
+    "dataset": {"files": ["/d.jsonl"]},
+    "training": {},
+    "resources": {"gpusPerNode": 2},
+}
 OF_TASKS: dict[str, dict[str, Any]] = {"grpo": {"grpo": {"rewards": [{"type": "json"}]}}}
 
 

@@ -86,6 +86,13 @@ COMMANDS = [
         expect="accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 16 --machine_rank 1",
     ),
     CommandCase(
+        name="FSDP needs no other launcher than DDP",
+        resources={"gpusPerNode": 8},
+        strategy="fsdp",
+        node=0,
+        expect="accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 8 --machine_rank 0",
+    ),
+    CommandCase(
         name="DeepSpeed, alone",
         resources={},
         strategy="zero2-offload",

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import AutoPeftModelForCausalLM
 from prepared_workspace import (
@@ -40,6 +40,7 @@ from trainer.distributed.groups import TIMEOUT, Group, free_port
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -151,6 +152,13 @@ CLASSIFIERS = [
         inputs="text",
         strategy="zero3",
         labels=["b", "a"],
+    ),
+    Case(
+        name="text-fsdp-other-labels",
+        inputs="text",
+        strategy="fsdp",
+        labels=["x", "y", "z"],
+        training={"gradientCheckpointing": True},
     ),
     Case(
         name="image-ddp-another-order",
@@ -439,6 +447,33 @@ def batch_norm(root: Path) -> FineTuneRun:
     return two(root, base, rows, training={"maxSteps": 4}, **spec)
 
 
+def of_fsdp(model: Path, data: DatasetDict) -> dict[str, Callable[[Path], FineTuneRun]]:
+    """An adapter; and all weights, of 8 rows that are a step, with as many numbers of labels in each of its passes.
+
+    The best weights are delivered, which are not the last ones. The same again is stopped, and resumed. FSDP is refused
+    on CPUs by the rules of the API: these runs have not been through them.
+    """
+
+    def whole(root: Path, evaluated: bool = True, **training: Any) -> FineTuneRun:
+        rows = DatasetDict(train=data["train"].select(range(8)))
+        if evaluated:
+            rows["eval"] = data["eval"].map(courses.unlike)
+        own = {"maxSteps": 6, "schedule": "constant", "learningRate": 1e-2, "optimizerOptions": {"epsilon": 1e-3}}
+        training = own | {"microBatchSize": 2, "saveSteps": 2} | training
+        return two(root, model, rows, strategy="fsdp", method=FULL, training=training)
+
+    def adapter(root: Path) -> FineTuneRun:
+        return two(root, model, data, strategy="fsdp", training=TRAINING | {"gradientCheckpointing": True})
+
+    return {
+        "fsdp_adapter": adapter,
+        "fsdp_whole": whole,
+        "fsdp_best": functools.partial(whole, loadBestModel=True, evalSteps=2),
+        "fsdp_unevaluated": functools.partial(whole, evaluated=False),
+        **stopped_and_resumed("fsdp_whole", whole),
+    }
+
+
 @pytest.fixture(scope="module")
 def ddp(
     group: Any, classifiers: Any, llama: Path, data: DatasetDict, tiny_model: Path, pairs: list[dict[str, str]]
@@ -449,6 +484,8 @@ def ddp(
         batch_norm=batch_norm,
         **streams(tiny_model),
         **classifiers("ddp"),
+        **of_fsdp(llama, data),
+        **classifiers("fsdp"),
         **of_courses(llama, data, "ddp"),
     )
     made.train_all()
@@ -680,6 +717,90 @@ def test_zero2(name: str, zero2: Group, resumed: Group, alone: Any) -> None:
     assert f"2 × {micro_batch} rows × {4 // micro_batch} accumulated" in log
     assert ", resuming from checkpoint-1\n" in log
     assert losses(run) == pytest.approx(alone[0], abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def fsdp(ddp: Group) -> Group:
+    """The runs with FSDP, which processes of the same start train as those with DDP."""
+    return ddp
+
+
+def plainly_trained(model: Path, rows: Dataset, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of each step over all rows, and the weights in the end, of plain torch in one process."""
+    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    found = []
+    for _ in range(steps):
+        total, labels = torch.zeros(()), 0
+        for row in rows:
+            begin = 0
+            for length in row["seq_lengths"]:  # documents that do not see each other
+                ids = torch.tensor(row["input_ids"][begin : begin + length])[None]
+                learnt = torch.tensor(row["loss_mask"][begin : begin + length])[1:].bool()
+                logits = trained(input_ids=ids).logits[0, :-1]
+                losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+                total, labels, begin = total + losses[learnt].sum(), labels + int(learnt.sum()), begin + length
+        (total / labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(total.detach() / labels))
+    return found, trained.state_dict()
+
+
+def test_fsdp_trains_as_plain_torch_does(fsdp: Group, llama: Path, data: DatasetDict) -> None:
+    """All weights, and the files as plain transformers loads them."""
+    run = fsdp.runs["fsdp_unevaluated"]
+    assert [m.code for m in fsdp.ends("fsdp_unevaluated")] == [0, 0]
+    expect, weights = plainly_trained(llama, data["train"].select(range(8)), steps=6)
+    assert losses(run) == pytest.approx(expect, abs=1e-5)
+    result = AutoModelForCausalLM.from_pretrained(Path(run.workspace) / "result")
+    assert result.dtype == AutoModelForCausalLM.from_pretrained(llama).dtype
+    for name, weight in result.state_dict().items():
+        assert torch.allclose(weight, weights[name], atol=1e-5), name
+
+
+def test_fsdp_trains_an_adapter(fsdp: Group, alone: Any, llama: Path) -> None:
+    """Its checkpoints hold the shards of what learns, and nothing of the frozen base."""
+    run = fsdp.runs["fsdp_adapter"]
+    assert losses(run) == pytest.approx(alone[0], abs=1e-5)
+    folder = WorkspaceFolder(Path(run.workspace))
+    assert json.loads((folder.result / "metrics.json").read_text())["evalLoss"] == pytest.approx(
+        alone[1]["evalLoss"], abs=1e-5
+    )
+    weights = load_file(folder.result / "adapter_model.safetensors")
+    assert len(weights) == 2 * 2 * 7  # two matrices for each of seven linear modules of two layers
+    assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights.values())
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder.result)
+    assert torch.isfinite(adapted(input_ids=torch.arange(8)[None]).logits).all()
+    numbers = sum(weight.numel() for weight in weights.values())
+    shards = [*folder.checkpoints.glob("checkpoint-6/fsdp_rank_*_states.pt")]
+    assert len(shards) == 2
+    assert sum(file.stat().st_size for file in shards) < 12 * numbers + 2 * space.TENSOR_BYTES * 3 * len(weights)
+
+
+def test_fsdp_goes_on_to_the_last_bit(fsdp: Group) -> None:
+    assert [(m.code, m.step, m.saved) for m in fsdp.ends("fsdp_whole_stopped")] == [(75, 1, True), (75, 1, True)]
+    assert ", resuming from checkpoint-1\n" in fsdp.log("fsdp_whole_resumed")
+    resumed, whole = fsdp.runs["fsdp_whole_resumed"], fsdp.runs["fsdp_unevaluated"]
+    assert losses(resumed) == losses(whole)
+    found, expect = courses.weights(resumed), courses.weights(whole)
+    assert found.keys() == expect.keys()
+    assert all(torch.equal(weight, expect[name]) for name, weight in found.items())
+
+
+def test_fsdp_delivers_the_best_weights(fsdp: Group) -> None:
+    """Those of the first evaluation: the rest of the training is of other texts than are evaluated."""
+    best, whole = fsdp.runs["fsdp_best"], fsdp.runs["fsdp_whole"]
+    assert losses(best) == losses(whole)
+    assert (fsdp.ends("fsdp_best")[0].metrics or {})["bestStep"] == 2
+    found = torch.cat([weight.flatten() for weight in courses.weights(best).values()])
+    held = [
+        torch.load(Path(best.workspace) / f"checkpoints/checkpoint-2/fsdp_rank_{rank}_states.pt")["weights"]
+        for rank in range(2)
+    ]
+    whole_again = {name: torch.cat([shard[name] for shard in held]) for name in held[0]}
+    assert torch.equal(found, torch.cat([whole_again[name].flatten() for name in courses.weights(best)]))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from luthier_api.run import FineTuneRun
 
-STRATEGIES = ("none", "ddp", "zero2", "zero3")
+STRATEGIES = ("none", "ddp", "zero2", "zero3", "fsdp")
 WHOLE = "whole"
 STEPS = 8  # an epoch of nine rows has three, the last one of one row
 

@@ -270,8 +270,8 @@ CASES = [
         name="a token at the place where the value is cut",
         change={"spec.strategy": "a" * 90 + "hf_" + "a1B2" * 9},
         problems=[
-            "spec.strategy: input should be 'auto', 'ddp', 'zero1', 'zero2', 'zero2-offload', 'zero3' or"
-            f" 'zero3-offload' (it is '{'a' * 90}hf_…')"
+            "spec.strategy: input should be 'auto', 'ddp', 'zero1', 'zero2', 'zero2-offload', 'zero3',"
+            f" 'zero3-offload' or 'fsdp' (it is '{'a' * 90}hf_…')"
         ],
     ),
     Case(

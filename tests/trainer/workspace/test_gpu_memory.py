@@ -64,6 +64,8 @@ CASES = [
     Case(method="full", strategy="zero3", bytes_of_a_weight=(2 + 2 + 4 + 8) / 8),
     Case(method="full", strategy="zero3", bytes_of_a_weight=(2 + 2 + 4 + 8) / 8 + 2 / 4, spec=TWO_NODES),
     Case(method="full", strategy="zero3-offload", bytes_of_a_weight=0),
+    Case(method="full", strategy="fsdp", bytes_of_a_weight=(4 + 4 + 8) / 8),
+    Case(method="lora", strategy="fsdp", bytes_of_a_weight=2 / 8, of_an_adapter=16 / 8),
     Case(method="lora", strategy="ddp", bytes_of_a_weight=2, of_an_adapter=16),
     Case(method="lora", strategy="ddp", bytes_of_a_weight=1, of_an_adapter=16, quantization="int8"),
     Case(method="qlora", strategy="ddp", bytes_of_a_weight=0.5, of_an_adapter=16),

@@ -160,6 +160,7 @@ EXCHANGES = [
     ExchangeCase("zero2-offload", bytes=(4 + 1) * 2 * N, exchanges=5),
     ExchangeCase("zero3", bytes=4 * (2 + 1) * 2 * N, exchanges=4 * 2 * 300),
     ExchangeCase("zero3", bytes=4 * (3 + 1) * 2 * N, exchanges=4 * 3 * 300, recomputed=True),
+    ExchangeCase("fsdp", bytes=4 * (2 * 2 + 4) * N, exchanges=4 * 3 * 33, recomputed=True),
 ]
 
 

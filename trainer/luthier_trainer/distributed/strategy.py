@@ -15,6 +15,7 @@ from luthier_api.status import Plan
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 
+FSDP = "fsdp"
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
 # Numbers that are sent at once. DeepSpeed has 5e8 for all models: with overlap, gigabytes beside a small one. A share
 # of the model is a few layers of it; more than 2e8 makes no message faster.
@@ -108,7 +109,21 @@ def realised(trainer: Any) -> dict[str, Any]:
         facts["processes that share a copy of the weights"] = engine.zero_hpz_partition_size()
     if hasattr(engine, "gradient_as_bucket_view"):
         facts["gradients in buckets"] = engine.gradient_as_bucket_view
+    if hasattr(engine, "set_requires_gradient_sync"):  # of FSDP2's modules
+        facts["weights divided by FSDP"] = divided_over(engine)
+        facts["each pass sums gradients"] = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
     return facts
+
+
+def divided_over(model: Any) -> int | str:
+    """Over how many processes each weight of a model at rest is divided; the name of one that is not, if there is."""
+    over = 1
+    for name, weight in model.named_parameters():
+        places: Any = getattr(weight, "placements", ())
+        if not (len(places) == 1 and places[0].is_shard(0)):
+            return f"not {name}"
+        over = weight.device_mesh.size()
+    return over
 
 
 def count(weights: Iterable[Any]) -> int:
@@ -140,6 +155,14 @@ def requested(plan: Plan, model: str, cpu: bool) -> dict[str, Any]:
             "processes that share a copy of the weights": within_node(
                 plan.strategy, plan.world_size // local_processes(), local_processes()
             ),
+        }
+    if plan.strategy == FSDP:
+        return device | {
+            "processes": plan.world_size,
+            "distributed type": "MULTI_CPU" if cpu else "MULTI_GPU",
+            "model": model,  # FSDP2 changes modules in place
+            "weights divided by FSDP": plan.world_size,
+            "each pass sums gradients": True,
         }
     if plan.world_size == 1:
         return device | {"processes": 1, "distributed type": "NO", "model": model}

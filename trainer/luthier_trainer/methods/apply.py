@@ -21,7 +21,7 @@ from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
 from luthier_trainer.methods.whole import whole_modules
-from luthier_trainer.models import embedding
+from luthier_trainer.models import embedding, fsdp
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.runtime.failure import Failure
@@ -36,19 +36,23 @@ def weights_options(
     device: torch.device,
     quantization: Quantization | None = None,
     parameter_precision: ParameterPrecision | None = None,
+    shards: int = 1,
 ) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that decide how weights are stored.
 
     Frozen weights are stored in the precision of the computation, or quantised. Trainable weights are stored in fp32,
     or as `parameter_precision` says, and 16-bit computations use autocast. DeepSpeed keeps the fp32 copy itself and
     needs one dtype for all weights. They are read straight to a GPU, tensor by tensor: otherwise each process would
-    hold a whole model in fp32 on the host first. ZeRO-3 reads its shards by itself.
+    hold a whole model in fp32 on the host first. ZeRO-3 reads its shards by itself. `shards`: over how many processes
+    FSDP divides the weights.
     """
     frozen = METHODS[method.type].adapter
     stored = precision if frozen or deepspeed else parameter_precision or "fp32"
     options: dict[str, Any] = {"dtype": DTYPES[stored], **OWN_WEIGHTS}
     if quantization:
         options["quantization_config"] = settings(quantization.type, precision)
+    if shards > 1:
+        return options | fsdp.loading_options(shards)
     if quantization or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
         options["device_map"] = {"": device}
     return options

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.methods import QUANTIZATIONS, QuantizationType
+from luthier_api.methods import DIVIDE_WEIGHTS, QUANTIZATIONS, QuantizationType
 from luthier_api.tasks import TASKS
 from luthier_trainer.models import inspect
 from luthier_trainer.runtime.failure import Failure
@@ -143,10 +143,11 @@ def check_adapters(config: PreTrainedConfig, spec: FineTuneJobSpec) -> None:
             f"spec.method.dropout: adapters on experts ({', '.join(leaves(on_experts))}) have no dropout. Set it to 0,"
             f" or name other modules in {TARGETS}",
         )
-    if on_experts and spec.strategy.startswith("zero3"):
+    if on_experts and spec.strategy in DIVIDE_WEIGHTS:
+        title = "FSDP" if spec.strategy == "fsdp" else "ZeRO-3"
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"spec.strategy: ZeRO-3 does not spread weights with adapters on experts ({', '.join(leaves(on_experts))};"
+            f"spec.strategy: {title} does not spread weights with adapters on experts ({', '.join(leaves(on_experts))};"
             f" peft issue 2916). Use ddp or zero2, or name other modules in {TARGETS}",
         )
     asked = {**linear, **fused}

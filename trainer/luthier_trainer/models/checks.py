@@ -87,14 +87,26 @@ def check_new_tokens(config: PreTrainedConfig, new_tokens: int, field: str) -> N
         )
 
 
-def check_sharding(config: PreTrainedConfig, task: str, field: str) -> None:
-    """Check that ZeRO-3 can shard the model. Raises Failure if the model has batch normalisation."""
-    if any(counts(module) for module in skeleton(config, task, MODEL).modules()):
+def check_sharding(config: PreTrainedConfig, task: str, strategy: str, field: str) -> None:
+    """Check that ZeRO-3 or FSDP can shard the model.
+
+    Raises Failure if the model has batch normalisation, or for FSDP a weight that is a single number.
+    """
+    model = skeleton(config, task, MODEL)
+    title = "FSDP" if strategy == "fsdp" else "ZeRO-3"
+    if any(counts(module) for module in model.modules()):
         # The initialisation of ResNet, for example, fails on sharded weights (transformers 5.23).
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: {config.model_type} keeps statistics of its batches, which ZeRO-3 does not spread; use ddp or"
+            f"{field}: {config.model_type} keeps statistics of its batches, which {title} does not spread; use ddp or"
             " zero2 for such a model",
+        )
+    single = [name for name, weight in model.named_parameters() if not weight.ndim]
+    if strategy == "fsdp" and single:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: FSDP divides the rows of weights, and {single[0]} is a single number; use zero3 or ddp for such"
+            " a model",
         )
 
 

@@ -21,6 +21,7 @@ import torch
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
 from luthier_api.run import MemoryFacts, Moment, StepMemory, Weights
+from luthier_trainer.models.fsdp import blocks
 from luthier_trainer.models.generation_trace import Generation, written
 from luthier_trainer.models.meta_kernels import Device
 from luthier_trainer.models.step_trace import ALIGNMENT, Autocast, Ledger
@@ -150,10 +151,13 @@ def facts_of(
     parameters = list(model.parameters())
     learning = [weight for weight in parameters if weight.requires_grad]
     resting = sum(size_of(weight, kind if id(weight) in few_bits else None) for weight in parameters)
+    block_sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks(model)]
     facts = MemoryFacts(
         **gpu_memory.of_weights(spec, weights),
         weight_bytes=resting + sum(buffer.nbytes for buffer in model.buffers()),
         gradient_bytes=sum(weight.nbytes for weight in learning),
+        largest_block=max(block_sizes, default=0),
+        outside_blocks=sum(weight.numel() for weight in parameters) - sum(block_sizes),
         largest_unit=max(sum(weight.numel() for weight in unit.parameters()) for unit in units_of(model)),
         unpacked_bytes=max((m.weight.numel() * weights.computed_bytes for m in quantised.values()), default=0),
         largest_learning=max(weight.numel() for weight in learning),

@@ -1,8 +1,8 @@
 """Writes the weights of a whole model part by part: a block of layers is copied to this process, and then the next one.
 
-transformers 5.23 takes all weights at once, and writes files of up to 50 GB. Under ZeRO-3 all of them would lie in the
-memory of rank 0, and on a GPU the copy on the host would be as large as the model. Here a process never holds more than
-one file of them beside its own.
+transformers 5.23 takes all weights at once, and writes files of up to 50 GB. Under ZeRO-3 and FSDP all of them would
+lie in the memory of rank 0, and on a GPU the copy on the host would be as large as the model. Here a process never
+holds more than one file of them beside its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from luthier_trainer.models.fsdp import gathered_whole
 from luthier_trainer.models.heads import gathered
 from luthier_trainer.workspace.gpu_memory import FILE_BYTES
 from luthier_trainer.workspace.model_files import WEIGHTS_INDEX
@@ -28,27 +29,41 @@ BLOCK = re.compile(r"(.*?\.\d+)\.")  # the name of an element of a list of layer
 METADATA = {"format": "pt"}  # of a file; transformers loads none without it
 
 
-def write_weights(model: PreTrainedModel, folder: Path, writes: bool, file_bytes: int = FILE_BYTES) -> None:
+def write_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    writes: bool,
+    file_bytes: int = FILE_BYTES,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the weights of `model` to `folder`, under the names of the files that it was loaded from.
 
-    Under ZeRO-3 all processes call this function, because each holds a part of each weight. `writes`: whether this
-    process writes the files; one of them does. There is an index if there are several files.
+    Under ZeRO-3 and FSDP all processes call this function, because each holds a part of each weight. `writes`: whether
+    this process writes the files; one of them does. There is an index if there are several files. `dtype`: of numbers
+    with a fraction in the files; None: as in memory.
     """
     weights = saved_weights(model)
     files = list(files_of(weights, file_bytes))
     found: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        held = {name: whole(weights[name], writes) for name in names}
+        held = {name: whole(weights[name], writes, dtype) for name in names}
         if writes:
             found |= dict.fromkeys(write_file(model, held, folder / file), file)
     if writes and len(files) > 1:
         described = {
             "total_parameters": sum(prod(shape_of(weight)) for weight in weights.values()),
-            "total_size": sum(bytes_of(weight) for weight in weights.values()),
+            "total_size": sum(bytes_of(weight, dtype) for weight in weights.values()),
         }
         text = json.dumps({"metadata": described, "weight_map": found}, indent=2, sort_keys=True)
         (folder / f"model{WEIGHTS_INDEX}").write_text(text + "\n")
+
+
+def name_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Write into config.json the type in which weights were written, where it is not that in memory."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_file(model: PreTrainedModel, held: dict[str, torch.Tensor], path: Path) -> list[str]:
@@ -93,12 +108,13 @@ def files_of(weights: Mapping[str, torch.Tensor], file_bytes: int) -> Iterator[l
     yield names
 
 
-def whole(weight: torch.Tensor, keeps: bool) -> torch.Tensor:
-    """Return a weight on the host, gathered from all processes under ZeRO-3; an empty one for a process that does not
-    keep it.
+def whole(weight: torch.Tensor, keeps: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a weight on the host, gathered from all processes under ZeRO-3 and FSDP; an empty one for a process that
+    does not keep it.
     """
     with gathered([weight], changed=False):
-        return weight.detach().cpu() if keeps else torch.empty(0)
+        found = gathered_whole(weight, dtype)
+        return found.cpu() if keeps else torch.empty(0)
 
 
 def shape_of(weight: Any) -> tuple[int, ...]:
@@ -106,5 +122,7 @@ def shape_of(weight: Any) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
-def bytes_of(weight: torch.Tensor) -> int:
-    return prod(shape_of(weight)) * weight.dtype.itemsize
+def bytes_of(weight: torch.Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of a whole weight, in `dtype` if it has numbers with a fraction."""
+    kind = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
+    return prod(shape_of(weight)) * kind.itemsize

@@ -11,7 +11,7 @@ from luthier_api.methods import METHODS
 from luthier_api.run import MemoryFacts, Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TASKS
-from luthier_trainer.distributed.strategy import uses_deepspeed
+from luthier_trainer.distributed.strategy import FSDP, uses_deepspeed
 from luthier_trainer.models.inspect import MODEL
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.base import Model, Task
@@ -75,7 +75,9 @@ def facts_of_trial(
     from luthier_trainer.runtime.devices import DTYPES
 
     computed = DTYPES["bf16" if plan.precision in (None, "auto") else plan.precision]
-    deepspeed, adapter = uses_deepspeed(plan.strategy), METHODS[spec.method.type].adapter
+    adapter = METHODS[spec.method.type].adapter
+    # FSDP gathers the weights of full fine-tuning in the type of the computation, in which DeepSpeed has them.
+    deepspeed = uses_deepspeed(plan.strategy) or (plan.strategy == FSDP and not adapter)
     in_16_bits = spec.training.parameter_precision == "bf16"
     trial.model.to(computed if adapter or deepspeed or in_16_bits else torch.float32)
     attention = ATTENTIONS.get(plan.attention)  # type: ignore[call-overload]  # None is no name of one

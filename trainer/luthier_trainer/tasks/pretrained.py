@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.method import Method
-from luthier_api.methods import METHODS
+from luthier_api.methods import DIVIDE_WEIGHTS, METHODS
 from luthier_api.run import Attention, Compute, FineTuneRun, Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
@@ -61,8 +61,8 @@ class PretrainedTask(Task):
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check that the model supports strategy, method and activation checkpointing. Raises Failure if not."""
-        if spec.strategy.startswith("zero3"):
-            checks.check_sharding(model.config, self.task, "spec.strategy")
+        if spec.strategy in DIVIDE_WEIGHTS:
+            checks.check_sharding(model.config, self.task, spec.strategy, "spec.strategy")
         if spec.training.parameter_precision == "bf16":
             checks.check_weights_in_16_bits(model.config, self.task, "spec.training.parameterPrecision")
         trouble = self.cannot_recompute(model, spec) if spec.training.gradient_checkpointing else None

@@ -255,6 +255,8 @@ class TextScore:
         """Return the tokens of the texts that the model writes, int64 [rows, tokens]."""
         from transformers.integrations import deepspeed
 
+        from luthier_trainer.models import fsdp
+
         with trainer.accelerator.autocast():
             written: torch.Tensor = trainer.model.generate(
                 input_ids=batch["input_ids"],
@@ -262,8 +264,8 @@ class TextScore:
                 num_beams=self.beams,
                 do_sample=False,
                 max_new_tokens=self.longest,
-                # With ZeRO-3 each process needs the weights of all, so that all go on until the last one is done.
-                synced_gpus=deepspeed.is_deepspeed_zero3_enabled(),
+                # With ZeRO-3 and FSDP each process needs the weights of all, so that all go on until the last is done.
+                synced_gpus=deepspeed.is_deepspeed_zero3_enabled() or fsdp.is_sharded(trainer.model),
             )
         return written
 

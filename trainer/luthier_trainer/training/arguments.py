@@ -15,6 +15,7 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.status import Plan
 from luthier_trainer.distributed.launch import cores
+from luthier_trainer.distributed.strategy import FSDP
 from luthier_trainer.runtime.devices import assert_gpus, fitting_precision
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.tasks.base import Task
@@ -83,6 +84,9 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if plan.strategy == FSDP:
+        # Each pass sums its gradients into the shards: until the last one, they would be whole on each GPU.
+        common["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return task.arguments(spec, common)
 
 

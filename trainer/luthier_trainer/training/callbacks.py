@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from luthier_api import metrics
@@ -63,7 +64,13 @@ class Guard(Callback):
         # Hooks see each gradient. After the step it would be too late: DeepSpeed frees a gradient as soon as it has
         # used it. (The A matrices of LoRA get gradients of zero in step 1, because the B matrices are zero.)
         self._waiting = {name for name, _ in learning}
-        self._hooks = [p.register_hook(lambda _, name=name: self._waiting.discard(name)) for name, p in learning]
+        # FSDP computes with other tensors than those that learn, which only get the sum.
+        self._hooks = [
+            (p.register_post_accumulate_grad_hook if isinstance(p, DTensor) else p.register_hook)(
+                lambda _, name=name: self._waiting.discard(name)
+            )
+            for name, p in learning
+        ]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Raise Failure if a trainable weight got no gradient in the first step."""

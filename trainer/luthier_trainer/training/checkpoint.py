@@ -36,9 +36,13 @@ FOLDER = re.compile(r"checkpoint-(\d+)")
 STAGING, CORRUPT = ".staging-", ".corrupt-"
 KEPT_CORRUPT = 2  # enough to investigate the cause; a broken checkpoint takes as much space as a good one
 SHARED_VOLUME_SECONDS = 60.0  # NFS clients may cache a folder's entries for 30 s (acdirmin)
+SHARDS = "fsdp_rank_{}_states.pt"  # what a process has of weights and optimiser under FSDP
 # Files with the number of the rank that writes them in their names: transformers' states of the random generators, and
-# DeepSpeed's shards of weights and optimizer. Rank 0 writes all other files.
-OF_A_RANK = re.compile(r"rng_state_(\d+)\.pth|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt")
+# the shards of weights and optimizer, of FSDP or DeepSpeed. Rank 0 writes all other files.
+OF_A_RANK = re.compile(
+    r"rng_state_(\d+)\.pth|fsdp_rank_(\d+)_states\.pt"
+    r"|(?:.+_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt"
+)
 
 
 def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def writer(file: Path, ranks: int) -> int:
     The result only decides which rank reads a file back. It does not affect what the manifest records.
     """
     match = OF_A_RANK.fullmatch(file.name)
-    rank = int(match[1] or match[2]) if match else 0
+    rank = int(match[match.lastindex or 0]) if match else 0
     return rank if rank < ranks else 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.models.inspect import counts
@@ -41,11 +42,11 @@ def nonfinite_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 def changing_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor of everything that training changes: trainable weights and batch statistics.
 
-    Under ZeRO-3 a weight is this process's shard of it.
+    Under ZeRO-3 and FSDP a weight is this process's shard of it.
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            yield name, getattr(weight, "ds_tensor", weight)
+            yield name, weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
     for name, module in model.named_modules():
         if counts(module):  # other buffers are constants, for example masks that hold minus infinity
             yield from module.named_buffers(name, recurse=False)

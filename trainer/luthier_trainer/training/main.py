@@ -30,13 +30,13 @@ from luthier_api.termination import TerminationMessage
 from luthier_api.training import Training
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.distributed.ranks import Ranks
-from luthier_trainer.distributed.strategy import assert_started, count, uses_deepspeed
+from luthier_trainer.distributed.strategy import FSDP, assert_started, count, uses_deepspeed
 from luthier_trainer.methods import apply as methods
 from luthier_trainer.methods import initial
 from luthier_trainer.methods.state import MethodState
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.trainable import HALF, source_dtype
-from luthier_trainer.models import varlen
+from luthier_trainer.models import fsdp, varlen
 from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.zero3 import keep_used_conversions, whole_ties
 from luthier_trainer.runtime.devices import fitting_attention, use_tf32
@@ -121,7 +121,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     )
     before = (read_manifest(resume) or {}) if resume else {}
 
-    deepspeed = uses_deepspeed(prepared.plan.strategy)
+    deepspeed, sharded = uses_deepspeed(prepared.plan.strategy), prepared.plan.strategy == FSDP
     # Seeded before new weights are drawn, so that heads and adapters start with the same values on all ranks and in all
     # attempts.
     set_seed(spec.training.seed)
@@ -141,6 +141,12 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
             f"spec.training.parameterPrecision: bf16, and these GPUs compute in {precision}; choose GPUs from Ampere"
             " on, or fp32",
         )
+    if sharded and precision == "fp16":
+        raise Failure(
+            ExitCode.MISCONFIGURED,
+            "spec.strategy: fsdp computes in bf16 or fp32, and these GPUs have no bf16; set training.precision: fp32,"
+            " choose GPUs from Ampere on, or strategy zero3",
+        )
     weights = methods.weights_options(
         spec.method,
         precision,
@@ -148,6 +154,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         arguments.device,
         spec.model.quantization,
         spec.training.parameter_precision,
+        shards=prepared.plan.world_size if sharded else 1,
     )
     if implementation is not None:
         varlen.register()
@@ -163,7 +170,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         whole_logits=prepared.whole_logits is not None,
         folder=workspace.prepared / "kept",
     )
-    with whole_ties():
+    with whole_ties(), fsdp.in_shards() if sharded else nullcontext():
         loaded = task.load_model(context)
     if spec.model.quantization is None and hasattr(loaded.model, "hf_device_map"):
         # transformers' Trainer takes a model with such a map for one of several devices, and moves nothing to its GPU,
@@ -197,6 +204,8 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
     unused = freeze(model, loaded.unused_parameters)
     method_state = MethodState(family, model, spec.method) if family is not None and family.saves_all else None
 
+    if sharded:
+        fsdp.fully_sharded(model, half=precision == "bf16" and not METHODS[spec.method.type].adapter)
     compiled = compile_blocks(model) if spec.training.torch_compile else 0
 
     telemetry, stop = Telemetry(), Stop()

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
 from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.methods.state import MethodState
+from luthier_trainer.models import fsdp
 from luthier_trainer.models.inspect import counts
-from luthier_trainer.models.saving import write_weights
+from luthier_trainer.models.saving import name_dtype, write_weights
+from luthier_trainer.models.saving import whole as whole_weight
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beating_while_growing
 from luthier_trainer.runtime.notices import notice
@@ -92,7 +95,12 @@ class Resilient(Base):
             self._by_length = ByLength(kwargs["train_dataset"]["length"][:], rows_a_step, kwargs["args"].seed)
             if kwargs["eval_dataset"] is not None:
                 self._evaluation_order = longest_first(kwargs["eval_dataset"]["length"][:])
+        self.is_sharded = fsdp.is_sharded(kwargs["model"])
+        """Whether FSDP divides the weights."""
+        # transformers 5.23 refuses to save the optimiser of such a model. This class saves and loads the shards itself.
+        kwargs["args"].save_only_model = self.is_sharded
         super().__init__(**kwargs)
+        self.args.save_only_model = False
         self.remove_callback(PrinterCallback)  # `callbacks.Report` prints one readable line instead
         self.batches, self.ranks, self.identity, self.keep = batches, ranks, identity, keep
         self.rows_a_step = rows_a_step
@@ -126,14 +134,20 @@ class Resilient(Base):
         self.started = time.monotonic()
         self._folder = Path(self.args.output_dir)
         self._delivered: torch.dtype | None = None
+        self._saved_dtype: torch.dtype | None = None
         self._evaluation_stopped = False
         self._mean_rows: float | torch.Tensor | None = None
         """Mean rows per micro-batch of the step, over all processes; None if the loss counts its items itself."""
 
     def deliver(self, dtype: torch.dtype) -> None:
-        """Convert the weights to the dtype in which they are saved. Later evaluations convert inputs to it too."""
-        self.model.to(dtype)
-        self._delivered = dtype
+        """Convert the weights to the dtype in which they are saved. Later evaluations convert inputs to it too.
+
+        With FSDP they are converted when they are saved: its buffers are made for one dtype.
+        """
+        self._saved_dtype = dtype
+        if not self.is_sharded:
+            self.model.to(dtype)
+            self._delivered = dtype
 
     @property
     def seconds(self) -> float:
@@ -218,6 +232,8 @@ class Resilient(Base):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         # In fp16, overflows are expected while the scale of the loss is adjusted. GradScaler and DeepSpeed skip these
         # updates.
         if not self.args.fp16:
@@ -394,6 +410,9 @@ class Resilient(Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights. Raises Failure(TRAINING_ERROR) if weights of the model are missing in it."""
+        if self.is_sharded:
+            fsdp.load_rows(self.model, self._shards(Path(resume_from_checkpoint))["weights"], resume_from_checkpoint)
+            return
         if self.method_state is not None:
             self.method_state.load(Path(resume_from_checkpoint))
             return
@@ -412,6 +431,30 @@ class Resilient(Base):
                 f"{resume_from_checkpoint}: {len(lost)} weights of the model are not in it, among them {lost[0]}",
             )
         self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_sharded and checkpoint is not None:
+            fsdp.load_optimizer(self.optimizer.optimizer, self._shards(Path(checkpoint))["optimizer"])
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        held = {
+            "weights": fsdp.own_rows(self.model),
+            "optimizer": fsdp.without_wholes(self.optimizer.optimizer.state_dict()),
+        }
+        torch.save(held, Path(output_dir, checkpoint.SHARDS.format(self.ranks.rank)))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _shards(self, folder: Path) -> dict[str, Any]:
+        """What this process has saved to a checkpoint under FSDP: its rows of the weights, and of their optimiser."""
+        file = folder / checkpoint.SHARDS.format(self.ranks.rank)
+        found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return found
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._folder)
@@ -453,9 +496,9 @@ class Resilient(Base):
         Raises Failure(DIVERGED) if a weight is not finite.
         """
         finite.check_weights(self)
-        if self.is_deepspeed_enabled and _internal_call:
-            # DeepSpeed resumes from its own shards, so a checkpoint needs no second copy of the weights. Under ZeRO-3
-            # that copy would also have to be gathered in each save. Only the result needs one.
+        if (self.is_deepspeed_enabled or self.is_sharded) and _internal_call:
+            # A run resumes from shards, so a checkpoint needs no second copy of the weights. Under ZeRO-3 and FSDP that
+            # copy would also have to be gathered in each save. Only the result needs one.
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return
         if self.method_state is not None and _internal_call:
@@ -469,9 +512,18 @@ class Resilient(Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         whole = isinstance(self.model, PreTrainedModel)
-        super()._save(output_dir, {} if whole else state_dict)
-        if whole and (self.args.should_save or is_deepspeed_zero3_enabled()):
-            write_weights(self.model, Path(output_dir or self.args.output_dir), writes=self.args.should_save)
-        if self.args.should_save:
+        folder, writes = Path(output_dir or self.args.output_dir), self.args.should_save
+        if self.is_sharded and not whole:
+            fsdp.at_rest(self.model)
+            weights = self.model.state_dict(keep_vars=True)
+            state_dict = {name: whole_weight(w, writes) for name, w in weights.items() if w.requires_grad}
+        if writes or not self.is_sharded:
+            super()._save(output_dir, {} if whole else state_dict)
+        if whole and (writes or self.is_sharded or is_deepspeed_zero3_enabled()):
+            dtype = self._saved_dtype if self.is_sharded else None
+            write_weights(self.model, folder, writes, dtype=dtype)
+            if writes and dtype is not None:
+                name_dtype(folder, dtype)
+        if writes:
             # This file is a pickle: nothing reads it, and unpickling a file can execute code.
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)

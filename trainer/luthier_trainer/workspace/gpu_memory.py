@@ -16,7 +16,7 @@ from luthier_api.optimizers import OptimizerName
 from luthier_api.run import MemoryFacts, Moment, StepMemory, Weights
 from luthier_api.status import Memory, Plan
 from luthier_api.tasks import TASKS
-from luthier_trainer.distributed.strategy import ZERO_STAGE, bucket, within_node
+from luthier_trainer.distributed.strategy import FSDP, ZERO_STAGE, bucket, within_node
 
 FP32, HALF = 4, 2
 MIB, GIB = 1 << 20, 1 << 30
@@ -124,8 +124,8 @@ def rows_of(plan: Plan) -> int:
 
 
 def shares(plan: Plan) -> int:
-    """Return the number of processes that share what ZeRO spreads."""
-    return plan.world_size if plan.strategy in ZERO_STAGE else 1
+    """Return the number of processes that share what ZeRO and FSDP spread."""
+    return plan.world_size if plan.strategy == FSDP or plan.strategy in ZERO_STAGE else 1
 
 
 def weights(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
@@ -133,8 +133,12 @@ def weights(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
 
     As loaded: frozen ones in the type of the computation or quantised, those that learn in fp32. DeepSpeed has all in
     the type of the computation; ZeRO-3 spreads them over the processes, and may keep them in the node's memory. With
-    several nodes, the processes of each share a second copy (`distributed.strategy.within_node`).
+    several nodes, the processes of each share a second copy (`distributed.strategy.within_node`). FSDP spreads them as
+    they were loaded.
     """
+    if plan.strategy == FSDP:
+        adapter = METHODS[spec.method.type].adapter
+        return math.ceil((facts.weight_bytes if adapter else facts.total * facts.rest_bytes) / shares(plan))
     stage = ZERO_STAGE.get(plan.strategy)
     if stage is None or facts.quantised:
         return facts.weight_bytes
@@ -164,8 +168,13 @@ def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
 
     The first backward pass of a step makes them one by one. With accumulation they are there in the next passes, from
     the beginning; with DDP always, as views of what it sends. From ZeRO-2 on, each is moved to the process that it
-    belongs to.
+    belongs to. FSDP adds them to shards in fp32 (`FSDPParamGroup.post_backward` of torch 2.13); until then those of two
+    blocks, and those outside of blocks, are whole, in the type of what is gathered.
     """
+    if plan.strategy == FSDP:
+        own = math.ceil(facts.learning * FP32 / shares(plan))
+        size = facts.computed_bytes if facts.rest_bytes == FP32 else FP32
+        return own if at is None else own + min(facts.learning, gathered_at_once(facts)) * size
     if plan.strategy in ZERO_STAGE:
         if "offload" in plan.strategy:
             return 0
@@ -179,12 +188,20 @@ def gradients(plan: Plan, facts: MemoryFacts, at: Moment | None) -> int:
 def gathered(plan: Plan, facts: MemoryFacts) -> int:
     """Return the bytes of weights that ZeRO-3 has gathered: what it keeps for later use, and the part that is next.
 
-    With offload, its own share of that part comes from the node's memory first.
+    With offload, its own share of that part comes from the node's memory first. FSDP has those outside of blocks, the
+    block that computes, and the next one (`FSDPParamGroup._backward_prefetch` of torch 2.13).
     """
+    if plan.strategy == FSDP:
+        return gathered_at_once(facts) * facts.computed_bytes
     if ZERO_STAGE.get(plan.strategy) != 3:
         return 0
     copied = math.ceil(facts.largest_unit / plan.world_size) if "offload" in plan.strategy else 0
     return (min(facts.total, MAX_LIVE + facts.largest_unit) + copied) * facts.computed_bytes
+
+
+def gathered_at_once(facts: MemoryFacts) -> int:
+    """Return the number of weights that FSDP has gathered at the same time."""
+    return min(facts.outside_blocks + 2 * facts.largest_block, facts.total)
 
 
 def copy_within_node(spec: FineTuneJobSpec, plan: Plan, facts: MemoryFacts) -> int:
@@ -197,8 +214,13 @@ def communication(plan: Plan, facts: MemoryFacts) -> int:
     """Return the bytes of buffers for exchanging gradients.
 
     DDP's buckets are the gradients themselves. DeepSpeed has buckets of one size, however few weights learn: two where
-    one fills while the other is sent, and one with ZeRO-3 (`runtime/zero/stage_1_and_2.py`, `stage3.py` of 0.19).
+    one fills while the other is sent, and one with ZeRO-3 (`runtime/zero/stage_1_and_2.py`, `stage3.py` of 0.19). FSDP
+    gathers a unit into one buffer before it is copied to its weights, and joins the gradients of one in fp32
+    (`foreach_all_gather`, `foreach_reduce` of torch 2.13).
     """
+    if plan.strategy == FSDP:
+        unit = max(facts.largest_block, facts.outside_blocks)
+        return unit * facts.computed_bytes + min(unit, facts.learning) * FP32
     if plan.strategy in ZERO_STAGE:
         return (1 if ZERO_STAGE[plan.strategy] == 3 else 2) * bucket(facts.total) * facts.computed_bytes
     return 0
@@ -230,7 +252,7 @@ def moment(plan: Plan, facts: MemoryFacts) -> Moment | None:
     the highest depends on the micro-batch, and on whether gradients are there from the beginning.
     """
     step = step_of(plan, facts)
-    counted = plan.strategy not in ZERO_STAGE and not always_there(plan)
+    counted = plan.strategy not in (*ZERO_STAGE, FSDP) and not always_there(plan)
     return max(
         step.moments if step else (),
         key=lambda moment: moment.fixed + rows_of(plan) * moment.per_row + counted * moment.gradients,

@@ -23,7 +23,7 @@ from luthier_api.run import Weights
 from luthier_api.status import Plan
 from luthier_api.tasks import GENERATION_TASKS
 from luthier_api.training import Training
-from luthier_trainer.distributed.strategy import ZERO_STAGE
+from luthier_trainer.distributed.strategy import FSDP, ZERO_STAGE
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.course import most_saves
@@ -57,7 +57,7 @@ def weight_bytes(weights: Weights, strategy: str) -> int:
     stage = ZERO_STAGE.get(strategy)
     if stage == 3:
         return 0  # only the optimizer's shards hold them
-    kept = weights.learning if weights.adapters else weights.total
+    kept = weights.learning if weights.adapters or strategy == FSDP else weights.total
     return kept * (weights.computed_bytes if stage else weights.learning_bytes)
 
 
@@ -67,14 +67,14 @@ def optimizer_bytes(weights: Weights, strategy: str) -> int:
 
 
 def checkpoint_bytes(weights: Weights, strategy: str, ranks: int, processor_bytes: int) -> int:
-    """Of one checkpoint. `processor_bytes`: of the tokenizer's, or image processor's, files. DeepSpeed's checkpoints
-    have none of them.
+    """Of one checkpoint. `processor_bytes`: of the tokenizer's, or image processor's, files. Checkpoints of DeepSpeed
+    and FSDP have none of them.
     """
     beside = (
         HISTORY_BYTES
         + ranks * RANK_BYTES
         + weights.tensors * TENSOR_BYTES
-        + (0 if strategy in ZERO_STAGE else processor_bytes)
+        + (0 if strategy in (*ZERO_STAGE, FSDP) else processor_bytes)
     )
     return weight_bytes(weights, strategy) + optimizer_bytes(weights, strategy) + beside
 

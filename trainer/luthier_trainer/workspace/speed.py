@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from luthier_api.run import Compute, Gpu, StepMemory, Weights
 from luthier_api.status import Plan
-from luthier_trainer.distributed.strategy import ZERO_STAGE
+from luthier_trainer.distributed.strategy import FSDP, ZERO_STAGE
 from luthier_trainer.workspace import flops
 
 MULTIPLYING = 0.8
@@ -38,6 +38,7 @@ NETWORK_BYTES_PER_SECOND = 20e9  # a GPU's share between nodes: 200 Gbit/s
 HOST_BYTES_PER_SECOND = 15e9  # between a GPU and the memory of its node
 CPU_ADAM_BYTES_PER_SECOND = 10e9  # that DeepSpeed's AdamW on the CPU reads and writes, for each process
 ADAM_BYTES = 28  # of a weight in fp32, its gradient and two moments: read, and but for the gradient written
+BLOCK_TENSORS = 9  # of a block of a Llama
 GATHER_SECONDS = 30e-6  # to start one exchange between processes
 FP32, HALF = 4, 2
 
@@ -86,13 +87,17 @@ def exchange_seconds(plan: Plan, nodes: int, weights: Weights) -> float:
 
     A ring moves (n-1)/n of the bytes to each process, and summing takes twice as much as gathering or spreading. DDP
     and ZeRO-1 sum once a step, ZeRO-2 spreads gradients in each pass, and ZeRO-3 gathers all weights in each pass:
-    forward, backward, and once more to recompute.
+    forward, backward, and once more to recompute. FSDP exchanges the weights of a block at once, and recomputes with
+    those that it has gathered for the backward pass; its gradients are in fp32.
     """
     if plan.world_size == 1:
         return 0.0
     passes, stage = plan.accumulation_steps or 1, ZERO_STAGE.get(plan.strategy, 0)
     learning = weights.learning * (HALF if stage else FP32)
-    if stage < 2:
+    if plan.strategy == FSDP:
+        moved = float(passes * (2 * weights.total * HALF + learning))
+        exchanges = passes * 3 * max(weights.tensors // BLOCK_TENSORS, 1)
+    elif stage < 2:
         moved, exchanges = 2.0 * learning, 2
     elif stage == 2:
         moved, exchanges = float(learning * (passes + 1)), passes + 1
