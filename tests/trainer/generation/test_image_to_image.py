@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,10 @@ from trainer.small_sdxl import write_small_sd
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation.pictures import Pictures
+from luthier_trainer.prepare.generation_images import report_distorted
 from luthier_trainer.prepare.main import main as prepare
+from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 
 # diffusers and numpy 2 talk about each other.
@@ -152,6 +156,35 @@ def test_what_is_left_of_an_image(sdxl: Path, drawings: Path, images: Images) ->
     assert found[2]["error"] == ("spec.image.strength: of 4 steps 0.1 are less than one; raise strength or image.steps")
     assert found[3]["error"] == f"initImage: {drawings}/gone.png: No such file or directory"
     assert found[4]["error"] == f"mask: {drawings}/gone.png: No such file or directory"
+
+
+SIZES = [
+    ((SIDE, SIDE), {}, False),
+    ((4 * SIDE, 4 * SIDE), {}, False),
+    ((10 * SIDE + 1, 10 * SIDE), {}, False),  # another one is not possible: sizes are multiples of 8
+    ((2 * SIDE, SIDE), {}, True),
+    ((2 * SIDE, SIDE), {"width": 2 * SIDE}, False),
+]
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
+@pytest.mark.parametrize(("size", "settings", "told"), SIZES)
+def test_images_that_change_their_shape_are_told(
+    tmp_path: Path, size: tuple[int, int], settings: Line, told: bool, turned: bool
+) -> None:
+    """Exif may say that the sides are to be exchanged."""
+    content, exif = io.BytesIO(), Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    Image.new("RGB", size[::-1] if turned else size).save(content, "PNG", exif=exif)
+    image = {"width": SIDE, "height": SIDE}
+    given = [{"prompt": "a lute", "initImage": "/lute.png"}]
+    run = generate_run(tmp_path, given, task="image-to-image", model={"path": "/m"}, image=image)
+    name = Pictures(WorkspaceFolder(tmp_path)).keep(content.getvalue())
+    rows = [{"row": 0, "error": "gone"}, {"row": 1, "initImage": name, "settings": settings}]
+    report_distorted(run, rows)
+    given = notices.given()
+    assert [f"first: row 1, {size[0]} × {size[1]} becomes {SIDE} × {SIDE}" in text for text in given] == [True] * told
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from luthier_trainer.workspace.manifest import place_file
 if TYPE_CHECKING:
     import PIL.Image
 
+ORIENTATION = 0x0112  # tag of Exif
+SIDEWAYS = range(5, 9)  # its values for images that are turned by 90 degrees
+
 
 class Pictures:
     """The image files of a job."""
@@ -43,3 +46,11 @@ class Pictures:
 
         with PIL.Image.open(self.path(name)) as image:
             return PIL.ImageOps.exif_transpose(image).convert(mode)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return the width and the height of an image that is upright. Reads no pixels."""
+        import PIL.Image
+
+        with PIL.Image.open(self.path(name)) as image:
+            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            return (image.height, image.width) if turned else image.size

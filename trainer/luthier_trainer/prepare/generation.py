@@ -19,7 +19,7 @@ from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.rows import Line
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import references
+from luthier_trainer.prepare import generation_images, references
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
@@ -76,6 +76,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     target = folder.prepared / "rows.jsonl"
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
+    generation_images.report_distorted(run, rows)
     size = target.stat().st_size
     needed = space.outputs_bytes(spec, written.outputs, size * written.outputs // max(written.rows, 1))
     space.check_outputs(needed, written.outputs, folder.root)

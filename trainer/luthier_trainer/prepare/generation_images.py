@@ -5,18 +5,24 @@ Each is decoded once here, so that one that cannot be used is the error of its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from luthier_api.run import GenerateRun
+from luthier_api.tasks import GENERATION_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.generation.pictures import Pictures
+from luthier_trainer.generation.rows import Line
 from luthier_trainer.runtime.classify import FORBIDDEN_ERRNOS, STORAGE_ERRNOS, os_error
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.tasks.images import problem
+
+INIT_IMAGE = "initImage"
+SHAPE = 0.01  # by which the ratio of the sides may change: sizes are multiples of 8
 
 
 class BadImage(ValueError):
@@ -93,3 +99,25 @@ def name_of(cell: Any) -> str | None:
     if isinstance(cell, str):
         return cell or None
     return cell["path"] if cell else None
+
+
+def report_distorted(run: GenerateRun, rows: Iterable[Line]) -> None:
+    """Give a notice if images get another shape: they are scaled to the size of their outputs, and not cut."""
+    task, pictures = GENERATION_TASKS[run.spec.task], Pictures(WorkspaceFolder(Path(run.workspace)))
+    if INIT_IMAGE not in task.columns:
+        return
+    found, first = 0, ""
+    for line in rows:
+        if "error" in line:
+            continue
+        own = (line.get("settings") or {}).get
+        width, height = own("width", run.spec.image.width), own("height", run.spec.image.height)
+        before = pictures.size(line[INIT_IMAGE])
+        if abs(before[0] * height - before[1] * width) > max(before) * SHAPE * max(width, height):
+            found += 1
+            first = first or f"row {line['row']}, {before[0]} × {before[1]} becomes {width} × {height}"
+    if found:
+        notice(
+            f"spec.image.width: {found} images change their shape, because they are scaled to the size of their"
+            f" outputs (first: {first}). Cut them before, or set width and height in their overrides"
+        )
