@@ -71,6 +71,10 @@ class Columns(ApiModel):
     """A text that does not belong to the anchor. Rows have none when left out."""
     image: Annotated[ShortText, For("task")] = by_table()
     """The image to classify or to learn, with 8 bits a channel."""
+    audio: Annotated[ShortText, For("task")] = by_table()
+    """The audio: the path of a WAV, FLAC, MP3 or Ogg file, from / on or relative to the file of the rows; or the file
+    itself, as bytes or as the feature Audio of datasets. Several channels are mixed down to one.
+    """
     label: Annotated[ShortText, For("task")] = by_table()
     """The class of a row: a name or a number. Images in folders have it by the folder's name: FOLDER/CLASS/image.png.
     With classification.problem multi-label a list of names, in CSV as JSON; with regression a number. For preference

@@ -274,3 +274,5 @@ OF_TEXTS: tuple[MethodType, ...] = (*OF_HEADS, "prompt", "p-tuning", "prefix")
 """Methods of the tasks that read texts and answer with a text or a class."""
 OF_IMAGES: tuple[MethodType, ...] = ("full", "bitfit", "lora", "adalora", "ia3")
 """Methods of the tasks that read images, which have no embedding of tokens."""
+OF_AUDIO: tuple[MethodType, ...] = OF_IMAGES
+"""Methods of the tasks that hear audio, likewise."""

@@ -15,6 +15,7 @@ from luthier_api.formats import DatasetFormat
 from luthier_api.forms import ROLES
 from luthier_api.methods import (
     COMPARED,
+    OF_AUDIO,
     OF_IMAGES,
     OF_TEXTS,
     STRATEGIES,
@@ -24,7 +25,7 @@ from luthier_api.methods import (
     Strategy,
 )
 
-Modality = Literal["text", "image"]
+Modality = Literal["text", "image", "audio"]
 FineTuneTask = Literal[
     "causal-lm",
     "seq2seq",
@@ -37,6 +38,7 @@ FineTuneTask = Literal[
     "reward",
     "grpo",
     "image-classification",
+    "audio-classification",
     "text-to-image",
 ]
 """The rows of `TASKS` that have a training half."""
@@ -212,7 +214,7 @@ class TaskInfo:
     """A task: what its models are, and what can be done with them."""
 
     modality: Modality
-    """What the rows hold, and so what prepares them: a tokenizer, or an image processor."""
+    """What the rows hold, and so what prepares them: a tokenizer, an image processor, or a feature extractor."""
     pipeline_tag: str
     """The Hub's name of the task."""
     auto_model: str | None = None
@@ -226,7 +228,9 @@ class TaskInfo:
     head: bool = False
     """Whether a head of the model answers, instead of tokens or images. A head for other outputs is made anew."""
     unused: tuple[str, ...] = ()
-    """Names of modules that such models may have and the task does not use: they need no weights, and learn nothing."""
+    """Names of modules, or of single weights, that such models may have and the task does not use: they need not be in
+    the files, and learn nothing.
+    """
     training: TrainingTask | None = None
     """None: no FineTuneJob does this task."""
     generation: GenerationTask | None = None
@@ -260,6 +264,7 @@ LORA_ALONE = "TRL's trainers (1.16) have been proven with these alone"
 TEXT_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "text", "webdataset")
 TABLE_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow", "webdataset")
 IMAGE_FORMATS: tuple[DatasetFormat, ...] = ("imagefolder", "parquet", "arrow", "webdataset")
+AUDIO_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "arrow")
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
@@ -299,6 +304,15 @@ CHAT_OPTIONS: dict[str, Any] = TEMPLATE_OPTIONS | {"dataset.form": None, "traini
 """Fields of the tasks that learn what is written in conversations."""
 LABEL_OPTIONS: dict[str, Any] = {"dataset.mergeLabels": False}
 """Fields of the tasks whose rows have a class each."""
+
+AUDIO_OPTIONS: dict[str, Any] = RESULT_OPTIONS | PEFT_OPTIONS | SAVED_OPTIONS | {"training.maxSeconds": None}
+"""Fields of the tasks whose rows hold audio."""
+AUDIO_LIMITS: Mapping[str, str] = {
+    "methods": "virtual tokens stand before tokens, which audio lacks, and qlora needs weights in few bits",
+    "quantizations": "a model that hears begins with convolutions, which stay as they are, and has not been proven so",
+    "strategies": "a model that hears has not been proven in shards",
+}
+"""Why the tasks whose rows hold audio allow less."""
 
 LABEL_METRICS = (
     TaskMetric("accuracy", "Accuracy", better="higher"),
@@ -636,6 +650,23 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={},
             settings="classify",
             options=RESULT_OPTIONS,
+        ),
+    ),
+    "audio-classification": TaskInfo(
+        modality="audio",
+        pipeline_tag="audio-classification",
+        auto_model="AudioClassification",
+        head=True,
+        unused=("masked_spec_embed",),
+        training=TrainingTask(
+            columns={"audio": "audio", "label": "label"},
+            formats=AUDIO_FORMATS,
+            methods=OF_AUDIO,
+            strategies=UNSHARDED,
+            why=AUDIO_LIMITS,
+            settings="classification",
+            options=AUDIO_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS,
+            metrics=LABEL_METRICS,
         ),
     ),
     "text-generation": TaskInfo(

@@ -107,6 +107,10 @@ class Training(ApiModel):
     """Tokens of a row; longer rows are cut (with packing: split; of reward: left out). Of grpo: of a prompt and
     its completion together.
     """
+    max_seconds: Annotated[float | None, Field(gt=0, le=3600), For("task")] = by_table()
+    """Seconds of audio that the model hears of a row; longer audio is cut. When left out, as much as the model can hear
+    at once (Whisper 30 s, Audio Spectrogram Transformer 10.24 s), and 30 s of models without a limit.
+    """
     packing: Annotated[Packing, For("task")] = by_table()
     """Whether rows share the maxLength tokens that the model reads at once; batchSize then counts these. isolated:
     whole rows share them, and the model sees of each row what it sees of it alone. Only a row that is longer than

@@ -223,6 +223,7 @@ def methods_with(path: str) -> str:
 
 
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
+AUDIO = {"spec.task": "audio-classification"}
 PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
 SEQ2SEQ, TAGS, QUESTIONS, MASKED, EMBEDDING = (
@@ -539,7 +540,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.dataset.mergeLabels: applies to text-classification, image-classification;",
+            message=f"spec.dataset.mergeLabels: applies to {fitting('dataset.mergeLabels')};",
             refused=refused | {"spec.dataset.mergeLabels": True},
             accepted=task | {"spec.dataset.mergeLabels": True},
         )
@@ -547,7 +548,7 @@ MARKS: list[Case] = [
     ),
     *(
         Case(
-            message="spec.dataset.columns.label: applies to preference, text-classification, image-classification;",
+            message=f"spec.dataset.columns.label: applies to {fitting('dataset.columns.label')};",
             refused=CAUSAL | {"spec.dataset.columns": {"label": "intent"}},
             accepted=task | {"spec.dataset.columns": {"label": "intent"}},
         )
@@ -568,6 +569,16 @@ MARKS: list[Case] = [
             accepted=accepted | {"spec.dataset.columns": {"image": "photo"}},
         )
         for refused, accepted in [(CAUSAL, IMAGES), (TEXTS, PICTURES)]
+    ),
+    Case(
+        message=f"spec.dataset.columns.audio: applies to {fitting('dataset.columns.audio')};",
+        refused=TEXTS | {"spec.dataset.columns": {"audio": "clip"}},
+        accepted=AUDIO | {"spec.dataset.columns": {"audio": "clip"}},
+    ),
+    Case(
+        message=f"spec.training.maxSeconds: applies to {fitting('training.maxSeconds')};",
+        refused=IMAGES | {"spec.training.maxSeconds": 5},
+        accepted=AUDIO | {"spec.training.maxSeconds": 5},
     ),
     Case(
         message="spec.image: applies to text-to-image;",
@@ -852,6 +863,7 @@ CHOICES: list[Case] = [
             (MASKED, "evalLoss, accuracy, perplexity", "f1", "perplexity"),
             (EMBEDDING, "evalLoss, recallAt1, mrr, tripletAccuracy", "f1", "mrr"),
             (IMAGES, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
+            (AUDIO, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
             (PICTURES, "evalLoss", "perplexity", "evalLoss"),
         ]
     ),
@@ -864,6 +876,13 @@ CHOICES: list[Case] = [
             accepted=accepted,
         )
         for accepted in (IMAGES | LORA, IMAGES | FULL, TEXTS | QLORA, CAUSAL | QLORA)
+    ),
+    *(
+        Case(message=message, refused=AUDIO | refused, accepted=AUDIO | accepted)
+        for message, refused, accepted in (
+            ("spec.method.type: audio-classification works with full, bitfit, lora, adalora, ia3; choose", QLORA, LORA),
+            ("spec.strategy: audio-classification works with", {"spec.strategy": "zero3"}, {"spec.strategy": "zero2"}),
+        )
     ),
     *(
         Case(
@@ -893,6 +912,7 @@ CHOICES: list[Case] = [
             (IMAGES, "imagefolder, parquet, arrow, webdataset", "csv", "imagefolder"),
             (IMAGES, "imagefolder, parquet, arrow, webdataset", "text", "parquet"),
             (PICTURES, "imagefolder, parquet, arrow, webdataset", "jsonl", "imagefolder"),
+            (AUDIO, "csv, json, jsonl, parquet, arrow", "text", "csv"),
             (CAUSAL, "csv, json, jsonl, parquet, arrow, text, webdataset", "imagefolder", "text"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "imagefolder", "csv"),

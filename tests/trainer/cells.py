@@ -28,6 +28,7 @@ from luthier_api.matrix import UNQUANTISED, Cell, spec_of
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun
 from luthier_api.tasks import TASKS
+from trainer import tones
 
 ROWS = 10
 """Of a job. Two steps and a rest of two rows are an epoch."""
@@ -198,6 +199,10 @@ def pixels() -> dict[str, Any]:
     return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)}
 
 
+def clips() -> dict[str, Any]:
+    return {"input_values": torch.stack([torch.from_numpy(tones.tone(hertz)) for hertz in (300, 900)])}
+
+
 def noisy_latents() -> dict[str, Any]:
     from trainer.small_sdxl import WIDTH
 
@@ -266,6 +271,12 @@ def kinds(root: Path, llama: Path, paragraphs: list[str]) -> dict[str, Kind]:
             options={"ia3": {"targetModules": ["all-linear"]}},  # PEFT has no usual modules of ViT
             inputs=pixels,
         ),
+        "audio-classification": Kind(
+            tones.save_model(root / "wav2vec2"),
+            heard(root / "tones"),
+            options={"ia3": {"targetModules": ["all-linear"]}},  # PEFT has no usual modules of wav2vec2
+            inputs=clips,
+        ),
         "text-to-image": Kind(
             write_small_sdxl(root / "sdxl"),
             captioned(root / "captioned", pictures),
@@ -274,6 +285,13 @@ def kinds(root: Path, llama: Path, paragraphs: list[str]) -> dict[str, Kind]:
             inputs=noisy_latents,
         ),
     }
+
+
+def heard(folder: Path) -> list[dict[str, Any]]:
+    """Clips of two classes, by their paths."""
+    table = tones.write_tones(folder, each=ROWS // 2, classes=("low", "high"))
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    return [row | {"audio": str(folder / row["audio"])} for row in rows]
 
 
 def with_biases(llama: Path, folder: Path) -> Path:

@@ -28,6 +28,7 @@ from luthier_api.variables import Variables
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish import main as publish
 from luthier_trainer.training import main as train
+from trainer import tones
 
 pytestmark = pytest.mark.slow
 
@@ -193,3 +194,34 @@ def test_texts_go_from_job_to_job_and_in_and_out_in_other_forms(tmp_path: Path, 
     assert first["prompt"].startswith('[{"type": "function", "function": {"name": "weather"')
     assert (first["error"], second["finishReason"]) == (None, "error")
     assert second["error"].startswith('tools: column "tools": "no tools" is no list of JSON schemas')
+
+
+HEARD: dict[str, dict[str, Any]] = {
+    "finetune-audio.yaml": {
+        "model": {"path": "/data/whisper"},
+        "training": {"maxSteps": 60, "batchSize": 12, "learningRate": 1e-2, "logSteps": 20},
+        "resources": {"gpusPerNode": 0},
+        "volumes": [],
+    },
+}
+
+
+def test_clips_are_learnt(tmp_path: Path) -> None:
+    """The table of the example names files that lie beside it. A small model tells three tones apart."""
+    data = tmp_path / "data"
+    tones.save_model(data / "whisper", tones.WHISPER)
+    table = tones.write_tones(data / "calls")
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    lines = ["file,intent", *(f"{row['audio']},{row['label']}" for row in rows)]
+    (data / "calls/calls.csv").write_text("\n".join(lines) + "\n")
+    for name, changes in HEARD.items():
+        document = yaml.safe_load((EXAMPLES / name).read_text())
+        (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
+
+    words = [sys.executable, "-m", "luthier_cli", "run", *HEARD, "--mount", "/data=data", "-o", "json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    (learnt,) = json.loads(done.stdout)["jobs"]
+    assert learnt["metrics"]["accuracy"] > 0.8 > 0.5 > learnt["metrics"]["majorityShare"]

@@ -53,7 +53,7 @@ SHAPES = (
     Shape(frozenset({"anchor", "positive"}), "texts that belong together", "embedding"),
     Shape(frozenset({"text"}), "nothing but texts", "causal-lm", alone=True),
 )
-OF_TASKS = frozenset({"chosen", "rejected", "label", "text", "image"})
+OF_TASKS = frozenset({"chosen", "rejected", "label", "text", "image", "audio"})
 """Roles without which rows are of another task. Prompts, for example, can come from any column."""
 USUAL = OF_TASKS | {"prompt", "completion", "messages"}
 """Columns that have their role by their name."""
@@ -75,6 +75,8 @@ def missing(rows: Rows, column: str, role: str, taken: Collection[str]) -> str:
     holding = {"text": rows.texts, "prompt": rows.texts, "image": rows.images}.get(role, names)
     if len(rest) == 1 and rest[0] in holding and (len(names) > 1 or role in OF_ONE_COLUMN):
         return f'Did you mean "{rest[0]}"?'
+    if role == "audio":
+        return "Name the one that holds audio files, or their paths"
     if role == "image":
         return "Name the one that holds images; a folder of them is read with dataset.format: imagefolder"
     return f"Name the one that plays this role{header(rows)}"

@@ -94,6 +94,15 @@ class Rows:
         numbers = indices if self.numbers is None else self.numbers[indices]
         return replace(self, data=self.data.select(indices), numbers=numbers)
 
+    def file_of(self, index: int) -> Path | None:
+        """Return the file that holds the row at a position; None if it is not known."""
+        number = index if self.numbers is None else int(self.numbers[index])
+        for part in self.parts:
+            if number < part.rows:
+                return part.path
+            number -= part.rows
+        return None
+
     def place(self, index: int) -> str:
         """Return how a message names the row at a position: row 8, counted from 0 (line 10 of train.csv)."""
         return self.place_of(index if self.numbers is None else int(self.numbers[index]))

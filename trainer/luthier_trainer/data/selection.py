@@ -141,7 +141,7 @@ def _characters(content: str | bytes) -> int:
     if isinstance(content, bytes):
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{FILTER}: rows of images have no characters; remove minCharacters and maxCharacters",
+            f"{FILTER}: rows of images or audio have no characters; remove minCharacters and maxCharacters",
         )
     return len(content)
 

@@ -21,15 +21,18 @@ SHOWN = 5  # names in a message
 
 
 def learning(model: torch.nn.Module, method: Method, heads: list[str]) -> set[str]:
-    """Return the names of the weights that learn. `heads`: modules that are trained whole in any case."""
-    names = {name for name, _ in model.named_parameters()}
+    """Return the names of the weights that learn. `heads`: modules that are trained whole in any case.
+
+    Those that the architecture itself keeps as they are (the positions of Whisper's encoder) are not among them.
+    """
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
     whole = {name for name in names if any(name.startswith(f"{head}.") for head in heads)}
     if method.type == "bitfit":
         return {name for name in names if name.rpartition(".")[2] == "bias"} | whole
     assert method.type == "full", method.type
     # By identity: a weight that two modules share is frozen with either of them.
     asleep = {id(w) for name in frozen_modules(model, method) for w in model.get_submodule(name).parameters()}
-    left = {name for name, weight in model.named_parameters() if id(weight) not in asleep}
+    left = {name for name, weight in model.named_parameters() if name in names and id(weight) not in asleep}
     if method.layers is not None:
         left = {name for name in left if (layer := layer_of(name)) is None or layer in method.layers}
     return left

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from luthier_api.tasks import TASKS
 
 # Names that transformers' architectures give to the modules after the encoder. Of these modules, only the last has a
 # dimension for the labels.
-HEADS = ("classifier", "score", "classification_head", "pre_classifier", "logits_proj", "qa_outputs")
+HEADS = ("classifier", "score", "classification_head", "pre_classifier", "projector", "logits_proj", "qa_outputs")
 SHOWN = 5  # labels in a notice
 
 
@@ -170,6 +170,17 @@ def describe_head(model: PreTrainedModel, there: Collection[str], held: list[str
 def shown(labels: list[str]) -> str:
     """Return the first labels, for a message."""
     return ", ".join(labels[:SHOWN]) + ", ..." * (len(labels) > SHOWN)
+
+
+def unused_parameters(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return the names of the parameters that do not affect the logits, for example those of a pre-training task.
+
+    `inputs`: of the model, on the meta device, which allocates no memory. Raises whatever the model raises if it does
+    not accept them.
+    """
+    bare = twin(model).eval()
+    bare(**inputs).logits.sum().backward()
+    return {name for name, weight in bare.named_parameters() if weight.grad is None}
 
 
 def gathered(weights: list[torch.Tensor], changed: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""Reads tokenizers and image processors from the folder of a model."""
+"""Reads tokenizers, image processors and feature extractors from the folder of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luthier_trainer.models import sentencepieces
 from luthier_trainer.runtime.failure import Failure
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
 
 
 def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
@@ -27,6 +27,20 @@ def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: {folder} has no usable image processor (preprocessor_config.json):"
+            f" {' '.join(str(error).split())[:300]}",
+        ) from error
+
+
+def read_feature_extractor(folder: Path, field: str) -> FeatureExtractionMixin:
+    """Return the feature extractor in `folder`, which makes inputs of audio. Raises Failure if there is none."""
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each extractor's class fails in its own way
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} has no usable feature extractor (preprocessor_config.json):"
             f" {' '.join(str(error).split())[:300]}",
         ) from error
 

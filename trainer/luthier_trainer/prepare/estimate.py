@@ -130,6 +130,8 @@ def processor_of(task: Task, folder: Path, config: Any, name: str) -> Any:
         return task.read_processor(folder, MODEL)
     if TASKS[name].modality == "image":
         return images_of(config)
+    if TASKS[name].modality == "audio":
+        return audio_of(config)
     return SimpleNamespace(pad_token_id=0)
 
 
@@ -147,6 +149,28 @@ def images_of(config: Any) -> Callable[..., dict[str, Any]]:
         return {"pixel_values": torch.zeros(len(images), getattr(config, "num_channels", 3), *sides)}
 
     return process
+
+
+def audio_of(config: Any) -> Any:
+    """Return the feature extractor that models of this architecture usually have.
+
+    Raises Failure if transformers knows none.
+    """
+    from transformers import FEATURE_EXTRACTOR_MAPPING
+
+    kind = FEATURE_EXTRACTOR_MAPPING.get(type(config), None)
+    if kind is None:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{MODEL}: without its preprocessor_config.json, what {config.model_type} hears is not known",
+        )
+    bins = {"feature_size": config.num_mel_bins} if config.model_type == "whisper" else {}
+    made = kind(**bins)
+    notices.notice(
+        f"spec.model: its feature extractor is not there, so that of most such models is assumed ({kind.__name__},"
+        f" {made.sampling_rate:,} Hz)"
+    )
+    return made
 
 
 def folder_of(request: Request, scratch: Path) -> Path:
@@ -185,6 +209,8 @@ def assumptions(request: Request) -> list[str]:
     spec, found = request.run.spec, []
     if spec.training.max_length:
         found.append(f"each row has training.maxLength tokens ({spec.training.max_length:,})")
+    if TASKS[spec.task].modality == "audio":
+        found.append("each row has as much audio as the model hears (training.maxSeconds)")
     if request.rows is None and spec.training.max_steps is None:
         found.append(
             "the number of rows is not known: name it with --rows, or set training.maxSteps, for steps and time"

@@ -35,7 +35,11 @@ from luthier_trainer.workspace.model_files import ADAPTER_CONFIG, MODEL_CONFIG
 
 SAMPLES, CONSIDERED = 3, 50  # outputs that a card shows, and among how many of the first it looks for them
 # Modality → name of the variable for its processor in the example, and the class that loads it
-PROCESSORS = {"text": ("tokenizer", "AutoTokenizer"), "image": ("processor", "AutoImageProcessor")}
+PROCESSORS = {
+    "text": ("tokenizer", "AutoTokenizer"),
+    "image": ("processor", "AutoImageProcessor"),
+    "audio": ("extractor", "AutoFeatureExtractor"),
+}
 TITLES = {
     "evalLoss": "Held-out loss",
     "evalLossBefore": "Held-out loss before",
@@ -91,6 +95,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
         "Steps": plan.steps,
         "Tokens a row, at most": training.max_length if task.modality == "text" else None,
+        "Seconds of a clip, at most": training.max_seconds,
         "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
         "Augmentation": described_augmentation(training.augmentation),
         "Packing": None if training.packing in (None, "none") else training.packing,

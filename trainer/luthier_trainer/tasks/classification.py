@@ -14,7 +14,7 @@ from luthier_trainer.data import labels as classes
 from luthier_trainer.data.load import Rows
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks.base import Collator, Loss, Model, Processor, TrainerSetup, TrainingContext
+from luthier_trainer.tasks.base import Collator, Loss, Model, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.headed import HeadedTask
 
@@ -59,7 +59,7 @@ class Classification(LabelledBatches, HeadedTask):
         notice_unmeasured_labels(data, labels or [])
 
     @abstractmethod
-    def collator(self, processor: Processor) -> Collator:
+    def collator(self, context: TrainingContext) -> Collator:
         """Return the collator of the task."""
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
@@ -67,7 +67,7 @@ class Classification(LabelledBatches, HeadedTask):
 
         loss = self.loss(context.spec, context.class_weights)
         options = {"compute_loss_func": loss, **measured_by(LabelMetrics())}
-        return TrainerSetup(Trainer, self.collator(context.processor), options)
+        return TrainerSetup(Trainer, self.collator(context), options)
 
     def loss(self, spec: FineTuneJobSpec, weights: Sequence[float] | None = None) -> Loss:
         """Return the loss for training. `weights`: how much a row of each class counts; None: all alike.

@@ -86,8 +86,8 @@ class ImageClassification(Classification, ImageTask):
         # The trainer would remove `ROW`, which no model reads, before it reaches the collator.
         return super().arguments(spec, {**common, "remove_unused_columns": False})
 
-    def collator(self, processor: BaseImageProcessor) -> ImageCollator:
-        return ImageCollator(processor)
+    def collator(self, context: TrainingContext) -> ImageCollator:
+        return ImageCollator(context.processor)
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         setup, training = super().trainer(context, model), context.spec.training

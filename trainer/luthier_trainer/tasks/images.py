@@ -241,18 +241,15 @@ def check_pixels(config: PreTrainedConfig, shape: tuple[int, ...], task: str) ->
 
 
 def unused_parameters(model: PreTrainedModel, shape: tuple[int, ...]) -> set[str]:
-    """Return the names of the parameters that do not affect the logits, for example those of a pre-training task.
+    """Return the names of the parameters that do not affect the logits (`heads.unused_parameters`).
 
-    `shape`: of an image, [channels, height, width]. The model runs on the meta device, which allocates no memory.
-    Raises whatever the model raises if it does not accept such images.
+    `shape`: of an image, [channels, height, width].
     """
     import torch
 
-    from luthier_trainer.models.heads import twin
+    from luthier_trainer.models import heads
 
-    bare = twin(model).eval()
-    bare(pixel_values=torch.empty(2, *shape, device="meta")).logits.sum().backward()
-    return {name for name, weight in bare.named_parameters() if weight.grad is None}
+    return heads.unused_parameters(model, {PIXELS: torch.empty(2, *shape, device="meta")})
 
 
 def check_alone(model: PreTrainedModel, shape: tuple[int, ...], rows: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_trainer.tasks.audio_classification import AudioClassification
 from luthier_trainer.tasks.base import Task
 from luthier_trainer.tasks.causal_lm import CausalLM
 from luthier_trainer.tasks.embedding import EmbeddingTask
@@ -32,6 +33,7 @@ TASKS: Mapping[str, Task] = {
     "embedding": EmbeddingTask(),
     "image-classification": ImageClassification(),
     "text-to-image": TextToImage(),
+    "audio-classification": AudioClassification(),
 }
 
 

@@ -109,7 +109,7 @@ class TextClassification(Classification, TextTask):
     def metric_names(self, spec: FineTuneJobSpec) -> list[str]:
         return [*PROBLEMS[spec.classification.problem].metrics]
 
-    def collator(self, processor: PreTrainedTokenizerBase) -> Collator:
+    def collator(self, context: TrainingContext) -> Collator:
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(padding_right(processor))
+        return DataCollatorWithPadding(padding_right(context.processor))
