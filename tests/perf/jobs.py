@@ -49,11 +49,11 @@ ENDED_AT_ONCE = 16  # else all pods end before the first Job does, which no cont
 LIMIT = 300.0  # seconds for anything that is waited for
 
 
-def job(name: str) -> Object:
+def job(name: str, namespace: str = HERE) -> Object:
     return {
         "apiVersion": "luthier.dev/v1alpha1",
         "kind": "FineTuneJob",
-        "metadata": {"name": name, "namespace": HERE},
+        "metadata": {"name": name, "namespace": namespace},
         "spec": {
             "task": "causal-lm",
             "model": {"id": "org/model"},
@@ -232,6 +232,7 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
     await asyncio.sleep(5)
     ends = await end_prepares(client, names, DIRECT)
     direct_second = await create_in_process(second, os.environ | account, ends)
+    bare_jobs = await create_in_process([job(name, DIRECT) for name in names], os.environ | account)
     calls, bare_cpu = audit.calls(), direct_first.cpu_seconds + direct_second.cpu_seconds
     return {
         "jobs": size,
@@ -241,7 +242,10 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
         "to_jobset_per_s": round(size / to_jobset, 1),
         "direct_prepare_jobs_per_s": round(size / direct_first.seconds, 1),
         "direct_jobsets_per_s": round(size / direct_second.seconds, 1),
+        "direct_finetunejobs_per_s": round(size / bare_jobs.seconds, 1),
         "ratio_to_direct_prepare_job": round(direct_first.seconds / to_prepare, 2),
+        # Of an operator that costs what the bare client does, and writes no status: the users' objects come besides.
+        "most_ratio_to_direct_prepare_job": round(direct_first.seconds / (direct_first.seconds + bare_jobs.seconds), 2),
         "ratio_to_direct_jobset": round(direct_second.seconds / to_jobset, 2),
         "ratio_to_direct": round((direct_first.seconds + direct_second.seconds) / (to_prepare + to_jobset), 2),
         "cpu_ms_per_job_to_first_child": round(1000 * (cpu[1] - cpu[0]) / size, 2),
