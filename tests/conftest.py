@@ -29,11 +29,12 @@ def cluster() -> None:
 
 
 LONGEST = (
-    "trainer/distributed/test_ranks.py",
     "trainer/distributed/test_failing_rank.py",
     "trainer/supervisor/test_supervisor.py",
     "operator/test_faults.py",
     "trainer/training/test_train.py",
+    "trainer/training/test_stream.py",
+    "trainer/generation/test_reading.py",
     "trainer/generation/test_generate.py",
     "trainer/test_worker.py",
     "trainer/training/test_resume.py",

@@ -55,18 +55,12 @@ from luthier_trainer.training import main as train
 from luthier_trainer.workspace import space
 from luthier_trainer.workspace.prepared import read_prepared
 
+# The groups of runs take minutes, and DeepSpeed compiles its collectives first.
 pytestmark = pytest.mark.slow
 
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
 TRAINING = {"maxSteps": 6, "learningRate": 1e-2}
-# Their groups of runs take minutes, and DeepSpeed compiles its collectives first. DDP shows most faults of our code.
-SLOW = ("zero1", "zero2", "zero3")
-
-
-def param(case: Any, strategy: str, name: str) -> Any:
-    """A case, which is slow with some strategies."""
-    return pytest.param(*case, id=name, marks=[pytest.mark.slow] if strategy in SLOW else [])
 
 
 @pytest.fixture(scope="module")
@@ -594,7 +588,7 @@ def test_two_processes_are_one(ddp: Group, alone: Any) -> None:
         assert (ended[0].metrics or {})[figure] == pytest.approx(alone[1][figure], abs=1e-4)
 
 
-@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in PREFERRING])
+@pytest.mark.parametrize("case", PREFERRING, ids=lambda case: case.name)
 def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRequest) -> None:
     made: Group = request.getfixturevalue(case.strategy)
     run = made.runs[case.name]
@@ -613,7 +607,7 @@ def test_two_processes_prefer_as_one(case: Preferring, request: pytest.FixtureRe
     assert types[0] == types[1]
 
 
-@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in PREFERRING if case.stopped])
+@pytest.mark.parametrize("case", [case for case in PREFERRING if case.stopped], ids=lambda case: case.name)
 def test_two_stopped_processes_go_on_to_the_last_bit(case: Preferring, request: pytest.FixtureRequest) -> None:
     made: Group = request.getfixturevalue(case.strategy)
     name = case.name
@@ -694,7 +688,6 @@ def test_two_pods_stop_together_and_go_on(tmp_path: Path, llama: Path, data: Dat
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "job/result")
 
 
-@pytest.mark.slow
 def test_zero1(zero1: Group, llama: Path, alone: Any) -> None:
     """The losses of one process; of all weights on after a stop, to the last bit; and files as large as was planned."""
     assert [m.code for m in zero1.ends("adapter")] == [0, 0]
@@ -705,7 +698,6 @@ def test_zero1(zero1: Group, llama: Path, alone: Any) -> None:
     writes_what_was_foreseen(zero1.runs["whole"], llama)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MICRO_BATCHES)
 def test_zero2(name: str, zero2: Group, resumed: Group, alone: Any) -> None:
     """Stopped after its first step, and resumed from DeepSpeed's own shards: still the losses of one process."""
@@ -803,7 +795,6 @@ def test_fsdp_delivers_the_best_weights(fsdp: Group) -> None:
     assert torch.equal(found, torch.cat([whole_again[name].flatten() for name in courses.weights(best)]))
 
 
-@pytest.mark.slow
 def test_zero3(zero3: Group, alone: Any) -> None:
     run = zero3.runs["adapter"]
     assert [m.code for m in zero3.ends("adapter")] == [0, 0]
@@ -817,13 +808,11 @@ def test_zero3(zero3: Group, alone: Any) -> None:
     )
 
 
-@pytest.mark.slow
 def test_zero3_keeps_an_output_layer_that_only_the_configuration_ties(zero3: Group, alone: Any) -> None:
     """As of mT0, and of T5 since version 1.1, whose output layer transformers 5.23 ties in each configuration."""
     assert losses(zero3.runs["own-output"]) == pytest.approx(alone[0][:1], abs=2e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2-offload", "zero3-offload"])
 def test_with_the_optimizer_on_the_cpu(
     strategy: str, group: Any, deepspeed_optimizer: None, llama: Path, data: DatasetDict, alone: Any
@@ -835,7 +824,7 @@ def test_with_the_optimizer_on_the_cpu(
     assert losses(made.runs["adapter"]) == pytest.approx(alone[0], abs=2e-4)
 
 
-@pytest.mark.parametrize("case", [param((case,), case.strategy, case.name) for case in CLASSIFIERS])
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: case.name)
 def test_two_processes_are_one_classifier(case: Case, request: pytest.FixtureRequest) -> None:
     """Each takes two micro-batches a step; the mean is over the rows of all."""
     group: Group = request.getfixturevalue(case.strategy)
@@ -887,7 +876,7 @@ def alone_in_course(llama: Path, data: DatasetDict, tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize(
     ("course", "strategy"),
     [
-        param((course, strategy), strategy, f"{course.name}-{strategy}")
+        pytest.param(course, strategy, id=f"{course.name}-{strategy}")
         for course in COURSES
         for strategy in course.strategies
         if strategy != "ddp"
