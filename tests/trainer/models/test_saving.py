@@ -102,7 +102,7 @@ def test_never_more_than_a_file_is_held(tmp_path: Path, monkeypatch: pytest.Monk
     """Of weights that are gathered, as those of ZeRO-3 are, each file's are given up before the next one's."""
     model, given, most = tiny_model_of("llama"), list[weakref.ref[torch.Tensor]](), list[int]()
 
-    def gathered(weight: torch.Tensor, keeps: bool) -> torch.Tensor:
+    def gathered(weight: torch.Tensor, *_: Any) -> torch.Tensor:
         copy = weight.detach().clone()
         given.append(weakref.ref(copy))
         most.append(sum(held.nbytes for each in given if (held := each()) is not None))
