@@ -86,8 +86,8 @@ PROCESSES = (
 WITH_FSDP = (
     (
         "self.resources.gpusPerNode > 0",
-        "spec.strategy: fsdp needs GPUs: on CPUs nothing of its exchange overlaps with the computation, and accelerate"
-        " (1.15) silently makes ddp of it; use zero3, which divides the same on CPUs, or ddp",
+        "spec.strategy: fsdp needs GPUs: on CPUs nothing of its exchange overlaps with the computation; use zero3,"
+        " which divides the same on CPUs, or ddp",
     ),
     (
         f"{PROCESSES} > 1",

@@ -69,7 +69,7 @@ def write_model(folder: str) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from luthier_trainer.bench.cases import SEED, VOCABULARY, words
-    from luthier_trainer.models.new_model import train_tokenizer
+    from luthier_trainer.models.new_tokenizer import train_tokenizer
 
     random = numpy.random.default_rng(SEED)
     tokenizer = train_tokenizer((words(random, 100) for _ in range(200)), VOCABULARY)

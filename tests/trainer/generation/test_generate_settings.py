@@ -254,7 +254,13 @@ def logits_of(engine: TextEngine, samples: Sequence[Sample]) -> dict[int, torch.
     return {seed: torch.stack(steps) for seed, steps in found.items()}
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["caches of their own", "caches of one capacity"])
+@pytest.mark.parametrize(
+    "apart",
+    [
+        pytest.param(True, id="caches of their own"),
+        pytest.param(False, id="caches of one capacity", marks=pytest.mark.slow),
+    ],
+)
 def test_the_bits_of_a_text_depend_on_nothing_beside_it(lively: Path, apart: bool) -> None:
     """The logits of every step, alone, among others, in another order, and after other texts in the same slot."""
     engine = engine_of(lively)

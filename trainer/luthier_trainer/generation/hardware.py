@@ -27,7 +27,7 @@ class Hardware:
     @property
     def environment(self) -> str:
         """Library versions and GPU model, or number of CPU threads. With the same ones, outputs are bit-identical."""
-        versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "diffusers"))
+        versions = ", ".join(f"{p} {version(p)}" for p in ("luthier", "torch", "transformers", "diffusers"))
         if self.device == "cuda":
             return f"{versions}, {torch.cuda.get_device_name()}"
         return f"{versions}, cpu with {torch.get_num_threads()} threads"
