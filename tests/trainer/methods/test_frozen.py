@@ -14,7 +14,19 @@ from prepared_workspace import losses, prepared_run
 from trainer.methods.test_biases import CONFIG, measured
 from trainer.methods.test_families import Changes
 from trainer.training.test_resume import stopped_at
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    WhisperConfig,
+    WhisperForAudioClassification,
+)
 
 from luthier_trainer.methods import frozen
 from luthier_trainer.models.inspect import skeleton
@@ -89,6 +101,43 @@ def test_exactly_this_part_learns(
     before = AutoModelForCausalLM.from_pretrained(biased).state_dict()
     different = {name for name, weight in result.state_dict().items() if not torch.equal(weight, before[name])}
     assert different == changes.changed
+
+
+SMALL = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+FIXED = [
+    (MarianMTModel, MarianConfig(**SMALL), {"encoder.embed_positions", "decoder.embed_positions"}),
+    (PegasusForConditionalGeneration, PegasusConfig(**SMALL), {"encoder.embed_positions", "decoder.embed_positions"}),
+    (WhisperForAudioClassification, WhisperConfig(**SMALL, num_mel_bins=8), {"encoder.embed_positions"}),
+    (LlamaForCausalLM, CONFIG, set()),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "expect"), FIXED, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_an_architecture_keeps_fixed_does_not_learn(tmp_path: Path, kind: Any, config: Any, expect: Any) -> None:
+    """Although a model that was loaded says that it does."""
+    kind(config).save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert all(weight.requires_grad for weight in loaded.parameters())
+    frozen.apply(loaded, method_of(type="full"), [])
+    kept = {
+        name.removeprefix("model.").removesuffix(".weight")
+        for name, w in loaded.named_parameters()
+        if not w.requires_grad
+    }
+    assert kept == expect
 
 
 def test_a_frozen_weight_is_so_wherever_it_is_used() -> None:

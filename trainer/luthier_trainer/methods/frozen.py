@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FREEZE, LAYERS = "spec.method.freeze", "spec.method.layers"
 SHOWN = 5  # names in a message
@@ -44,11 +45,27 @@ def frozen_modules(model: torch.nn.Module, method: Method) -> list[str]:
     return [name for name, _ in model.named_modules() if name and matching(patterns, name)]
 
 
-def apply(model: torch.nn.Module, method: Method, heads: list[str]) -> None:
+def apply(model: PreTrainedModel, method: Method, heads: list[str]) -> None:
     """Exclude the weights of `model` that do not learn from training."""
+    keep_fixed(model)
     names = learning(model, method, heads)
     for name, weight in model.named_parameters():
         if name not in names:
+            weight.requires_grad_(False)
+
+
+def keep_fixed(model: PreTrainedModel) -> None:
+    """Exclude what the architecture itself keeps as it is, such as sinusoids of positions.
+
+    `from_pretrained` (transformers 5.23) lets these learn, other than the same model before it was saved.
+    """
+    import torch
+
+    with torch.device("meta"):
+        outline = type(model)(copy.deepcopy(model.config))
+    fixed = {name for name, weight in outline.named_parameters() if not weight.requires_grad}
+    for name, weight in model.named_parameters():
+        if name in fixed:
             weight.requires_grad_(False)
 
 
