@@ -22,7 +22,13 @@ from luthier_operator.phases.accept import INSTALL_JOBSET
 
 pytestmark = pytest.mark.e2e
 HERE = "luthier-pages"
-ORDER = ("README.md", "examples/quickstart/README.md", "docs/troubleshooting.md", "docs/install.md")
+ORDER = (
+    "README.md",
+    "examples/quickstart/README.md",
+    "docs/generation.md",
+    "docs/troubleshooting.md",
+    "docs/install.md",
+)
 LEFT_OUT = {INSTALL_JOBSET}  # from GitHub; the cluster has the same version from its Go module
 WATCHING_SECONDS = 15
 SHOWS = {  # what a reader would look for in the output
