@@ -40,6 +40,7 @@ WAV2VEC2 = Wav2Vec2Config(
     do_stable_layer_norm=True,
     conv_bias=True,
     mask_time_length=4,
+    layerdrop=0.5,  # so that each test would see it
     initializer_range=0.1,  # 0.02 is for hundreds of dimensions
 )
 WHISPER = WhisperConfig(

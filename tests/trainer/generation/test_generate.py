@@ -194,7 +194,7 @@ def test_the_log_is_short(
     generate_shards(text_run, monkeypatch)
     out, err = capfd.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("shard 0 of 1: 7 outputs, 0 of them there, on torch ")
+    assert lines[0].startswith("shard 0 of 1: 7 outputs, 0 of them there, on luthier ")
     assert lines[-2].startswith("7 of 7 outputs, ")
     assert lines[-1] == "7 outputs"
     assert "%|" not in err  # a progress bar

@@ -285,7 +285,7 @@ NOTICES = [
     NoticeCase(
         name="layers",
         clips=[PLAIN, PLAIN],
-        notice="spec.model: its config.json lets whole layers out at random while it learns (layerdrop 0.1)",
+        notice="spec.model: its config.json lets whole layers out at random while it learns (layerdrop 0.5)",
     ),
 ]
 
@@ -373,10 +373,14 @@ def test_the_card_loads_the_result(hear: MakeRun) -> None:
     assert "AutoModelForAudioClassification" in card
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "whisper", "audio-spectrogram-transformer"])
-def test_its_memory_is_planned(kind: str, hear: MakeRun) -> None:
-    """A step of the longest clip is computed on the meta device."""
-    record, _ = prepared(hear(kind, resources={"gpusPerNode": 0, "memory": "64Gi"}))
+@pytest.mark.parametrize(
+    ("kind", "drawn"), [("wav2vec2", 0), ("wav2vec2", 1), ("whisper", 0), ("audio-spectrogram-transformer", 0)]
+)
+def test_its_memory_is_planned(kind: str, drawn: int, hear: MakeRun) -> None:
+    """A step of the longest clip is computed on the meta device, whatever is drawn at random before."""
+    run = hear(kind, resources={"gpusPerNode": 0, "memory": "64Gi"})
+    torch.manual_seed(drawn)
+    record, _ = prepared(run)
     assert record.memory_facts.missing is None
     assert record.memory_facts.steps
     assert record.compute.multiplied > 0

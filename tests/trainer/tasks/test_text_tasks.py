@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
 from trainer.small_text_models import save_bert, save_t5
 from trainer.tasks.stopping import stopped_at
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from luthier_api.run import FineTuneRun
 from luthier_api.texts import Masking
@@ -38,6 +38,8 @@ from luthier_trainer.workspace.prepared import read_prepared
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 HELD_OUT = 10
+
+SMALL_BART = {"layers": 2, "attention_heads": 2, "ffn_dim": 64}
 
 Row = dict[str, Any]
 Measured = dict[str, float]
@@ -560,3 +562,29 @@ def test_what_is_measured_of_rare_types_and_broken_tags_is_told(make_run: Any, t
     assert 'word 0, "a", has I-X' in told
     assert "14 words of training rows have no token within 48 tokens, and are neither learnt nor measured" in told
     assert "1 of 2 types are in no held-out row (Y). f1Macro counts each as 0" in told
+
+
+def test_no_layer_is_left_out_at_random(tune: Tune, t5: Path, tmp_path: Path) -> None:
+    """As the configurations of M2M100 and NLLB ask for. What is planned then follows from the job alone."""
+    tokenizer = AutoTokenizer.from_pretrained(t5)
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SMALL_BART.items()}
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layerdrop=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    case = next(case for case in CASES if case.check is seq2seq)
+    changes = {"model": {"path": str(tmp_path / "bart")}, "resources": {"gpusPerNode": 0, "memory": "64Gi"}}
+    run, _ = tune(replace(case, changes=changes), maxSteps=1)
+    torch.manual_seed(0)
+    prepare.main(run)
+    assert read_prepared(run).memory_facts.missing is None
+    assert [text for text in notices.given() if "lets whole layers out at random" in text]
+    train.main(run)
+    assert json.loads((Path(run.workspace) / "result/config.json").read_text())["encoder_layerdrop"] == 0

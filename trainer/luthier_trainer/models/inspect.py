@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier_api.exitcodes import ExitCode
 from luthier_api.tasks import TASKS
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 MODEL = "spec.model"
+DROPPED_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 # Measured with transformers 5.23 by comparing rows alone and padded in a batch: these architectures have no mask for
 # padding, or include padding in means and convolutions. No causal language model does.
 SEE_PADDING = {"canine", "convbert", "fnet", "nystromformer", "yoso"}
@@ -69,10 +71,11 @@ def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrain
     import torch
     from transformers import AutoModel
 
-    auto = auto_class(task) if task else AutoModel
+    auto, own = auto_class(task) if task else AutoModel, copy.deepcopy(config)
+    own.update(whole_layers(own))
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(copy.deepcopy(config))
+            model: PreTrainedModel = auto.from_config(own)
     except Exception as error:  # each architecture checks its own configuration, with exceptions of its own
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -82,6 +85,24 @@ def skeleton(config: PreTrainedConfig, task: str | None, field: str) -> PreTrain
     if getattr(config, OWN_OUTPUT, False) and output is not None:
         output.weight = torch.nn.Parameter(torch.empty_like(output.weight))
     return model
+
+
+def whole_layers(config: PreTrainedConfig) -> dict[str, float]:
+    """Return settings with which a model leaves out no layer at random.
+
+    Several processes would leave out different ones, and what is planned would depend on what is drawn.
+    """
+    return {name: 0.0 for name in DROPPED_LAYERS if getattr(config, name, 0)}
+
+
+def notice_whole_layers(config: PreTrainedConfig) -> None:
+    """Give notice of what `whole_layers` changes."""
+    if dropped := whole_layers(config):
+        listed = ", ".join(f"{name} {getattr(config, name):g}" for name in dropped)
+        notice(
+            f"{MODEL}: its config.json lets whole layers out at random while it learns ({listed}), which several"
+            " processes would do in different layers; they are set to 0, in the result, too"
+        )
 
 
 def auto_class(task: str) -> Any:

@@ -46,7 +46,6 @@ PROBLEM, SILENT = "problem", "silent"  # columns while rows are read: why a file
 # The Audio Spectrogram Transformer's extractor (transformers 5.23) makes a frame of 400 samples every 160 samples, and
 # cuts what is beyond its `max_length` frames.
 FRAME, HOP = 400, 160
-DROPPED_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 SHORT, LONGER = 0.5, 1.0  # seconds of clips that tell whether an extractor makes inputs of one length
 
 
@@ -325,22 +324,11 @@ def notice_random(config: PreTrainedConfig, hearing: Hearing) -> None:
             f"{inspect.MODEL}: parts of the clips are masked at random while it learns, as its config.json says"
             f" (SpecAugment: {', '.join(masks)})"
         )
-    if dropped := {name: value for name in DROPPED_LAYERS if (value := getattr(config, name, 0))}:
-        listed = ", ".join(f"{name} {value:g}" for name, value in dropped.items())
-        notice(
-            f"{inspect.MODEL}: its config.json lets whole layers out at random while it learns ({listed}), which"
-            " several processes would do in different layers; they are set to 0, in the result, too"
-        )
     if not hearing.fixed and not getattr(hearing.extractor, "return_attention_mask", True):
         notice(
             f"{inspect.MODEL}: it has no mask for silence with which short clips of a batch are filled up (its feature"
             " extractor has return_attention_mask: false), so its answers depend a little on the clips of a micro-batch"
         )
-
-
-def whole_layers(config: PreTrainedConfig) -> dict[str, float]:
-    """Return settings with which a model leaves out no layer at random; `notice_random` announces them."""
-    return {name: 0.0 for name in DROPPED_LAYERS if getattr(config, name, 0)}
 
 
 def check_shortest(samples: Sequence[int], model: PreTrainedModel, use: str, rate: int) -> None:

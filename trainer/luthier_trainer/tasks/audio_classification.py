@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.data.load import Rows
-from luthier_trainer.models import inspect
-from luthier_trainer.tasks.audio import AUDIO, SAMPLES, AudioTask, Hearing, encoded, tell_cut, whole_layers
+from luthier_trainer.tasks.audio import AUDIO, SAMPLES, AudioTask, Hearing, encoded, tell_cut
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, Processor, TrainingContext
 from luthier_trainer.tasks.classification import Classification
 
@@ -49,8 +48,7 @@ class AudioClassification(Classification, AudioTask):
         return Trial(made, batch, self.loss(spec), heads_of(made, self.task))
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
-        settings = whole_layers(inspect.read_config(context.model_path, inspect.MODEL))
-        loaded = super().load_model(replace(context, weights={**context.weights, **settings}))
+        loaded = super().load_model(context)
         hearing = Hearing.of(context.processor, context.spec)
         return replace(loaded, unused_parameters=unused_in(loaded.model, hearing))
 

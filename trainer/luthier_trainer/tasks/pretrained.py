@@ -61,6 +61,7 @@ class PretrainedTask(Task):
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check that the model supports strategy, method and activation checkpointing. Raises Failure if not."""
+        inspect.notice_whole_layers(model.config)
         if spec.strategy in DIVIDE_WEIGHTS:
             checks.check_sharding(model.config, self.task, spec.strategy, "spec.strategy")
         if spec.training.parameter_precision == "bf16":

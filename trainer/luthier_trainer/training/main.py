@@ -36,7 +36,7 @@ from luthier_trainer.methods import initial
 from luthier_trainer.methods.state import MethodState
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.trainable import HALF, source_dtype
-from luthier_trainer.models import fsdp, varlen
+from luthier_trainer.models import fsdp, inspect, varlen
 from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.zero3 import keep_used_conversions, whole_ties
 from luthier_trainer.runtime.devices import fitting_attention, use_tf32
@@ -156,6 +156,8 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         spec.training.parameter_precision,
         shards=prepared.plan.world_size if sharded else 1,
     )
+    if TASKS[spec.task].library == "transformers":
+        weights |= inspect.whole_layers(inspect.read_config(Path(prepared.model_path), inspect.MODEL))
     if implementation is not None:
         varlen.register()
         weights["attn_implementation"] = implementation
