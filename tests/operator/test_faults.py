@@ -64,7 +64,11 @@ async def life(
 
 
 # The way of a write is the same for both kinds: what differs are the points at which an operator can die.
-MATRIX = [("FineTuneJob", name) for name in FAULTS] + [("GenerateJob", "operator killed after")]
+QUICK = ("operator killed after", "answer lost", "refused with 409")
+MATRIX = [
+    *(pytest.param("FineTuneJob", name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAULTS),
+    pytest.param("GenerateJob", "operator killed after", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), MATRIX)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cases.quick import quick
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, EulerAncestralDiscreteScheduler
 from PIL import Image
 from trainer.generating import generate_run, generate_shards, result_lines
@@ -124,7 +125,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(CASES, "Stable Diffusion XL"))
 def test_images_are_those_of_diffusers(
     case: Case, drawings: Path, images: Images, request: pytest.FixtureRequest
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cases.quick import quick
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -242,7 +243,9 @@ CAPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", CAPTIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", quick(CAPTIONS, "an encoder and a decoder, by beams", "git, drawn: the seed of each row decides")
+)
 def test_texts_of_images_are_those_of_transformers(
     case: Captions, words: PreTrainedTokenizerFast, photos: Path, tmp_path: Path, lines: Lines
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cases.quick import quick
 from peft import LoraConfig, PeftModel, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score
 from trainer.generating import generate_run, generate_shards, result_lines
@@ -299,7 +300,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        CASES,
+        "one label of three",
+        "entities, average",
+        "labels of the job, any of them",
+        "two masks",
+        "vectors, last",
+        "other texts, by beam search",
+    ),
+)
 def test_a_task_gives_what_transformers_gives(case: Case, save: Save, texts: list[str], lines: Lines) -> None:
     """And the same bits whatever the order of the rows, their neighbours and the number of shards are."""
     folder = save(case.kind, **case.config)

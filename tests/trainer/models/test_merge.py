@@ -109,7 +109,14 @@ def is_accepted(config: PreTrainedConfig, task: str, target: list[str]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("name", "tied"), [*((name, True) for name in CONFIGS), ("llama", False), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        *(pytest.param(name, True, marks=[] if name in ("gemma3", "bert") else [pytest.mark.slow]) for name in CONFIGS),
+        ("llama", False),
+        pytest.param("gpt2", False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_merged_language_model_is_base_and_adapter(name: str, tied: bool, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", name, tied)

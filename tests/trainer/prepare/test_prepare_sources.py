@@ -389,6 +389,7 @@ def rows_on_hub(hub: Running, corpus_rows: Path, tmp_path: Path, monkeypatch: py
     return str(hub.store.seed("dataset", "org/rows", folder).oid)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_fixed_to_a_commit(make_run: MakeRun, rows_on_hub: str, tmp_path: Path) -> None:
     """As the pod runs it, from PID 1 down."""
     run = make_run(dataset={"id": "org/rows", "split": "train[:50%]", "evalSplit": "test"})

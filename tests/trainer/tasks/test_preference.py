@@ -162,7 +162,7 @@ MEASURED = {
 """Metric → its name in TRL."""
 
 
-@pytest.mark.parametrize("case", LEARNINGS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(LEARNINGS, "all weights", "adapters, ipo", "adapters, kto"))
 def test_losses_and_rewards_are_those_of_trl(
     case: Learning,
     prefer: Callable[..., FineTuneRun],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.quick import quick
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from prepared_workspace import losses, prose
 from safetensors.torch import load_file, save_file
@@ -126,7 +127,7 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(CASES, "LoRA, an output of its own", "QLoRA, tied"))
 def test_an_adapter_holds_the_rows_of_new_tokens(
     case: Case,
     make_run: MakeRun,

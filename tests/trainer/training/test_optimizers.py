@@ -12,6 +12,7 @@ import pytest
 import schedulefree
 import torch
 from cases.methods import method_of
+from cases.quick import quick
 from datasets import DatasetDict
 from prepared_workspace import prepared_run
 from safetensors.torch import load_file
@@ -128,7 +129,7 @@ def make(root: Path, llama: Path, data: DatasetDict, case: Case) -> Any:
     return prepared_run(root, llama, data, training=training | {"weightDecay": DECAY, "batchSize": 4} | case.training)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(CASES, "adamw_torch_fused", "adamw_8bit", "muon", "schedule_free_adamw"))
 def test_the_weights_are_those_of_the_plain_optimiser(
     case: Case, tmp_path: Path, llama: Path, prose_data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.quick import quick
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -362,7 +363,16 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        PAIRS,
+        "an adapter on its base",
+        "the second on the first",
+        "one between them is missing",
+        "its base was made anew",
+    ),
+)
 def test_an_adapter_and_a_model(case: PairCase, jobs: Jobs, tmp_path: Path) -> None:
     root = str(tmp_path / "workspace")
     jobs.base("b0")
