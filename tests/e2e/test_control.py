@@ -93,7 +93,7 @@ def test_a_deadline_ends_the_job(kube: Kube) -> None:
 
 
 def test_a_failed_job_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kube) -> None:
-    kube.apply(lora("repaired", training=jobs.training(maxSteps=100_000, saveSteps=100_000), activeDeadlineSeconds=40))
+    kube.apply(lora("repaired", training=jobs.training(maxSteps=100_000, saveSteps=100_000), activeDeadlineSeconds=80))
     kube.until(
         "ftj", "repaired", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step"
     )
