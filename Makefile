@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 # A folder of wheels, for example torch's CPU build, may be given to pip by PIP_FIND_LINKS; uv reads its own variable.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTEST := $(PYTHON) -m pytest
+WORKERS ?= 2
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -49,7 +50,7 @@ images: setup  ## both images, where the cluster finds them
 e2e: slow on-cluster  ## the slow tests, and those on the cluster; `make -j2 e2e` runs both at the same time
 
 slow: setup  ## what `make test` leaves out, whole examples by `luthier run` among it
-	$(PYTEST) -n 2 --dist loadfile -m slow
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
 
 on-cluster: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
 	$(PYTEST) tests/cluster tests/e2e
