@@ -5,10 +5,9 @@ PYTHON := $(VENV)/bin/python
 # A folder of wheels, for example torch's CPU build, may be given to pip by PIP_FIND_LINKS; uv reads its own variable.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTEST := $(PYTHON) -m pytest
-WORKERS ?= 2
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(VENV)/.installed  ## a virtual environment with everything in it, versions as in constraints.txt
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -47,12 +46,8 @@ images: setup  ## both images, where the cluster finds them
 	$(PYTHON) tests/cluster/cluster.py image . operator luthier/operator:dev
 	$(PYTHON) tests/cluster/cluster.py image . trainer luthier/trainer:dev
 
-e2e: slow on-cluster  ## the slow tests, and those on the cluster; `make -j2 e2e` runs both at the same time
-
-slow: setup  ## what `make test` leaves out, whole examples by `luthier run` among it
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow
-
-on-cluster: setup  ## API and end-to-end tests on the cluster, through helm and kubectl
+e2e: setup  ## the slow tests, whole examples by `luthier run` among them, then API and end-to-end tests on the cluster, through helm and kubectl
+	$(PYTEST) -n 2 --dist loadfile -m slow
 	$(PYTEST) tests/cluster tests/e2e
 
 bench: setup  ## the figures of docs/benchmarks.md, as JSON
@@ -61,4 +56,4 @@ bench: setup  ## the figures of docs/benchmarks.md, as JSON
 exactness: setup  ## outputs equal to the bit, for all architectures, samplers and 31 kills, as JSON (20 minutes)
 	PYTHONPATH=tests $(PYTHON) -m perf exactness
 
-.PHONY: help setup demo test lint generate cluster images e2e slow on-cluster bench exactness gpu
+.PHONY: help setup demo test lint generate cluster images e2e bench exactness gpu

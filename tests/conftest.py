@@ -84,9 +84,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """`make test` runs no cluster and no slow test: say what it left out."""
     if not any("e2e" in str(argument) or "cluster" in str(argument) for argument in config.args):
         terminalreporter.write_line(
-            "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make on-cluster`, 40 minutes)."
+            "Not run here, because they need a cluster: tests/cluster and tests/e2e (`make e2e`, an hour)."
         )
     if config.option.markexpr == "not slow":
         terminalreporter.write_line(
-            "Not run here, because they take minutes: the tests that are marked as slow (`make slow`)."
+            "Not run here, because they take minutes: the tests that are marked as slow (`pytest -m slow`; `make e2e`)."
         )
