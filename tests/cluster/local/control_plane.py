@@ -65,6 +65,7 @@ def api_server() -> None:
         "--kubelet-preferred-address-types=InternalIP",
         f"--audit-policy-file={write('audit.yaml', AUDIT_POLICY)}",
         f"--audit-log-path={STATE}/audit.log",
+        "--audit-log-maxsize=2000",  # MB: tests read it whole, and by itself it is begun anew at 100
     )
 
 
