@@ -98,8 +98,9 @@ def archive() -> bytes:
 
         write_small_sdxl(Path(scratch) / "sdxl")
         tar.add(Path(scratch) / "sdxl", "sdxl", filter=readable)
-        from trainer.digits import save_model, write_digits
+        from trainer.digits import captioned, save_model, write_digits
 
         tar.add(write_digits(Path(scratch) / "digits"), "digits")
+        tar.add(captioned(Path(scratch) / "captioned", Path(scratch) / "digits"), "captioned")
         tar.add(save_model(Path(scratch) / "vit"), "vit", filter=readable)
     return buffer.getvalue()

@@ -20,7 +20,6 @@ from hub import manifests as hub_manifests
 
 pytestmark = pytest.mark.e2e
 KILLED = 137  # 128 + SIGKILL
-ROWS = len(jobs.IMAGES["spec"]["inputs"]["rows"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,33 +171,6 @@ def test_a_rank_that_dies_or_hangs_is_the_cause_and_the_run_goes_on(kube: Kube, 
     assert (attempt["exitCode"], attempt["rank"], attempt["charged"]) == (case.exit_code, 1, True)
     assert case.message in attempt["message"]
     assert job["status"]["progress"]["step"] == 900
-
-
-def test_a_killed_shard_goes_on_where_it_stopped(kube: Kube) -> None:
-    kube.apply(jobs.IMAGES)
-    job = kube.until("gj", "images", lambda o: o["status"].get("workspace"), timeout=60, what="given a workspace")
-    shards = f"/workspace/{job['status']['workspace']['folder']}/shards"
-    deadline = time.monotonic() + 300
-    lines = f"cat {shards}/*/*/journal.jsonl 2>/dev/null | wc -l"
-    while int(kube.run("exec", "inspector", "--", "sh", "-c", lines)) < 6:
-        assert time.monotonic() < deadline, kube.run("describe", "gj", "images")
-        time.sleep(0.5)
-    victim = kube.list("pods", "luthier.dev/job=images,luthier.dev/phase=run")[1]
-    assert victim["status"]["phase"] == "Running"
-    kube.delete("pod", victim["metadata"]["name"], "--grace-period=0", "--force")
-    job = kube.complete("gj", "images")
-    result = f"/workspace/{job['status']['workspace']['folder']}/result"
-    rows = [
-        json.loads(line)
-        for line in kube.run("exec", "inspector", "--", "sh", "-c", f"cat {result}/*/metadata.jsonl").splitlines()
-    ]
-    assert sorted(r["row"] for r in rows) == list(range(ROWS))
-    verify = (
-        "import hashlib, json, pathlib, sys; top = pathlib.Path(sys.argv[1]); print(sum(hashlib.sha256((f.parent /"
-        " r['file_name']).read_bytes()).hexdigest() == r['sha256'] for f in top.glob('*/metadata.jsonl') for r in"
-        " map(json.loads, f.open())))"
-    )
-    assert kube.python("inspector", verify, result).strip() == str(ROWS)
 
 
 def published(kube: Kube, name: str, hub: dict[str, object], **spec: object) -> None:

@@ -47,7 +47,7 @@ class Marks(TrainerCallback):
 def main() -> None:
     run = read_run(Path(os.environ[Variables.RUN]).read_bytes())
     worker.load("train", run)
-    resilience.write_weights = partial(write_weights, file_bytes=FILE_BYTES)
+    vars(resilience)["write_weights"] = partial(write_weights, file_bytes=FILE_BYTES)
     marks = Marks()
     training.main(run, [marks])
     marks.ended["saving"] = time.monotonic()

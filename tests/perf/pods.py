@@ -92,11 +92,12 @@ def measure(name: str) -> dict[str, float]:
 
 def main() -> Object:
     from cluster import choice
-    from cluster.local.cluster import Local, answers, environment
-    from cluster.local.shell import REGISTRY
+    from cluster.local import control_plane
+    from cluster.local.cluster import Local, environment
+    from cluster.local.shell import REGISTRY, answers
 
     ours = choice.cluster()
-    if not isinstance(ours, Local) or not answers():
+    if not isinstance(ours, Local) or not answers(control_plane.api_server_answers):
         return {"skipped": "it measures pods of the local cluster, which is not up: make cluster images"}
     os.environ.update(environment())
     try:

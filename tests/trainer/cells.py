@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from prepared_workspace import save_encoder
-from trainer.digits import save_model, write_digits
+from trainer.digits import captioned, save_model, write_digits
 from trainer.small_sdxl import write_small_sdxl
 from trainer.small_text_models import save_bert, save_t5
 from transformers import (
@@ -316,16 +316,3 @@ def asked(text: str) -> dict[str, Any]:
         "context": text,
         "answers": {"text": [words[2]], "answer_start": [begin]},
     }
-
-
-def captioned(folder: Path, pictures: Path) -> Path:
-    """The pictures in one folder, each with its caption."""
-    from PIL import Image
-
-    folder.mkdir()
-    lines = []
-    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
-        Image.open(path).convert("RGB").resize((32, 32)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"the digit {path.parent.name}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return folder

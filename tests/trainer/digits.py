@@ -6,6 +6,7 @@ pixels).
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,17 @@ def write_digits(folder: Path, digits: Sequence[int] = range(10), each: int = 40
         (folder / str(digit)).mkdir(parents=True)
         for i in [i for i, label in enumerate(found.target) if label == digit][skip : skip + each]:
             Image.fromarray((found.images[i] * 15.9).astype("uint8")).save(folder / str(digit) / f"{i}.png")
+    return folder
+
+
+def captioned(folder: Path, pictures: Path) -> Path:
+    """The pictures in one folder, each with its caption."""
+    folder.mkdir()
+    lines = []
+    for i, path in enumerate(sorted(pictures.rglob("*.png"))):
+        Image.open(path).convert("RGB").resize((32, 32)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"the digit {path.parent.name}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
