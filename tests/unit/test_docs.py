@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from cases.pages import PAGES, TOP, blocks
+from cases.program import luthier
 from e2e import test_metrics
 from e2e.figures import documented
 
@@ -63,7 +64,8 @@ def check_luthier(words: list[str]) -> None:
         words = ["luthier", "plan", "--quick", *words[2:]]
     if words[1] == "bench":
         words = [*words, "--help"]
-    run([sys.executable, "-m", "luthier_cli", *words[1:]])
+    done = luthier(*words[1:], cwd=TOP)
+    assert done.returncode == 0, done.stderr
 
 
 def check_python(words: list[str]) -> None:
