@@ -19,8 +19,8 @@ class Columns(ApiModel):
     """Which columns of the dataset play which role."""
 
     text: Annotated[ShortText, For("task")] = by_table()
-    """The text to learn (causal-lm, masked-lm) or to classify (text-classification), or the caption of the image
-    (text-to-image).
+    """The text to learn (causal-lm, masked-lm) or to classify (text-classification), the caption of the image
+    (text-to-image), or what is said (speech-recognition).
     """
     prompt: Annotated[ShortText, For("task")] = by_table()
     """The text that the completion or both answers continue, which follow it directly, without a blank between them; or

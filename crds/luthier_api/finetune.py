@@ -22,6 +22,7 @@ from luthier_api.resources import Restarts, TrainingResources
 from luthier_api.schedules import EVAL_INTERVALS, SAVE_INTERVALS, SCHEDULES
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import Hub, JobControl, ModelSource, PhaseResources, PrepareResources, Volumes, Workspace
+from luthier_api.speech import Speech
 from luthier_api.stores import Stores
 from luthier_api.tasks import TRAINING_TASKS, FineTuneTask
 from luthier_api.texts import Answering, Embedding, Masking, Seq2Seq, Tagging
@@ -71,6 +72,8 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     """What a classifier predicts, and how much each class counts."""
     seq2seq: Annotated[Seq2Seq, RESULT, For("task"), Field(alias="seq2seq")] = by_table()
     """How a model learns to write a text from another one."""
+    speech: Annotated[Speech, RESULT, For("task")] = by_table()
+    """How a model learns to write down what is said."""
     tagging: Annotated[Tagging, RESULT, For("task")] = by_table()
     """How a model learns to tag words."""
     answering: Annotated[Answering, RESULT, For("task")] = by_table()

@@ -200,6 +200,12 @@ RULES: tuple[Rule, ...] = (
     ),
     *of_problems(),
     Rule(
+        "self.task != 'speech-recognition' || !has(self.speech) || self.speech.beams > 0 || !has(self.training.metric)"
+        f" || self.training.metric == '{EVAL_LOSS}'",
+        f"spec.speech.beams: with 0 no texts are written that the metric could rate; use metric: {EVAL_LOSS}, or 1 or"
+        " more beams",
+    ),
+    Rule(
         "self.task != 'seq2seq' || !has(self.seq2seq) || self.seq2seq.beams > 0 || !has(self.training.metric) ||"
         f" self.training.metric == '{EVAL_LOSS}'",
         f"spec.seq2seq.beams: with 0 no texts are written that the metric could rate; use metric: {EVAL_LOSS}, or 1 or"

@@ -25,7 +25,7 @@ from luthier_api.methods import (
     Strategy,
 )
 
-Modality = Literal["text", "image", "audio"]
+Modality = Literal["text", "image", "audio", "speech"]
 FineTuneTask = Literal[
     "causal-lm",
     "seq2seq",
@@ -39,6 +39,7 @@ FineTuneTask = Literal[
     "grpo",
     "image-classification",
     "audio-classification",
+    "speech-recognition",
     "text-to-image",
 ]
 """The rows of `TASKS` that have a training half."""
@@ -82,6 +83,8 @@ BestMetric = Literal[
     "recallAt1",
     "mrr",
     "tripletAccuracy",
+    "wer",
+    "cer",
 ]
 """What checkpoints can be compared by: the loss, and those metrics in `TASKS` of which more or less is better."""
 BEST_METRICS: tuple[str, ...] = get_args(BestMetric)
@@ -214,7 +217,9 @@ class TaskInfo:
     """A task: what its models are, and what can be done with them."""
 
     modality: Modality
-    """What the rows hold, and so what prepares them: a tokenizer, an image processor, or a feature extractor."""
+    """What the rows hold, and so what prepares them: a tokenizer, an image processor, or a feature extractor. speech:
+    audio and text, and both of a processor.
+    """
     pipeline_tag: str
     """The Hub's name of the task."""
     auto_model: str | None = None
@@ -343,6 +348,10 @@ WRITTEN_METRICS = (
     TaskMetric("bleu", "BLEU (0 to 100; sacrebleu, 13a, smoothing exp)", better="higher"),
 )
 """Of texts that a model has written, compared with references."""
+SPEECH_METRICS = (
+    TaskMetric("wer", "Word error rate (jiwer)", better="lower"),
+    TaskMetric("cer", "Character error rate (jiwer)", better="lower"),
+)
 ANSWER_METRICS = (
     TaskMetric("exactMatch", "Exact match (SQuAD)", better="higher"),
     TaskMetric("f1", "F1 (SQuAD)", better="higher"),
@@ -667,6 +676,22 @@ TASKS: Mapping[str, TaskInfo] = {
             settings="classification",
             options=AUDIO_OPTIONS | LABEL_OPTIONS | SMOOTHING_OPTIONS,
             metrics=LABEL_METRICS,
+        ),
+    ),
+    "speech-recognition": TaskInfo(
+        modality="speech",
+        pipeline_tag="automatic-speech-recognition",
+        auto_model="SpeechSeq2Seq",
+        training=TrainingTask(
+            columns={"audio": "audio", "text": "text"},
+            formats=AUDIO_FORMATS,
+            sequences=1,
+            methods=OF_AUDIO,
+            strategies=UNSHARDED,
+            why=AUDIO_LIMITS,
+            settings="speech",
+            options=AUDIO_OPTIONS | SMOOTHING_OPTIONS | {"training.maxLength": 448},
+            metrics=SPEECH_METRICS,
         ),
     ),
     "text-generation": TaskInfo(

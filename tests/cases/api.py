@@ -223,7 +223,7 @@ def methods_with(path: str) -> str:
 
 
 CAUSAL, TEXTS, IMAGES = ({"spec.task": task} for task in ("causal-lm", "text-classification", "image-classification"))
-AUDIO = {"spec.task": "audio-classification"}
+AUDIO, SPEECH = {"spec.task": "audio-classification"}, {"spec.task": "speech-recognition"}
 PICTURES = {"spec.task": "text-to-image"}
 PREFERENCE, REWARD = {"spec.task": "preference"}, {"spec.task": "reward"}
 SEQ2SEQ, TAGS, QUESTIONS, MASKED, EMBEDDING = (
@@ -500,6 +500,7 @@ MARKS: list[Case] = [
             (TEXTS, "classification", {"spec.classification": {"balanced": True}}),
             (IMAGES, "classification", {"spec.classification": {"classWeights": {"cat": 2.0}}}),
             (SEQ2SEQ, "seq2seq", {"spec.seq2seq": {"beams": 4}}),
+            (SPEECH, "speech", {"spec.speech": {"beams": 2}}),
             (TAGS, "tagging", {"spec.tagging": {"labelPieces": "all"}}),
             (QUESTIONS, "answering", {"spec.answering": {"stride": 64}}),
             (MASKED, "masking", {"spec.masking": {"unit": "word"}}),
@@ -1190,6 +1191,11 @@ CASES: list[Case] = [
                 "pearson",
             ),
         )
+    ),
+    Case(
+        message="spec.speech.beams: with 0 no texts are written that the metric could rate; use metric: evalLoss,",
+        refused=SPEECH | COMPARED | {"spec.speech": {"beams": 0}, "spec.training.metric": "wer"},
+        accepted=SPEECH | COMPARED | {"spec.speech": {"beams": 2}, "spec.training.metric": "wer"},
     ),
     Case(
         message="spec.seq2seq.beams: with 0 no texts are written that the metric could rate; use metric: evalLoss,",
@@ -3228,6 +3234,7 @@ FIXED = [
         for field, settings in (
             ("classification", {"balanced": True}),
             ("seq2seq", {"beams": 2}),
+            ("speech", {"beams": 2}),
             ("tagging", {"labelPieces": "all"}),
             ("answering", {"stride": 64}),
             ("masking", {"unit": "word"}),

@@ -203,6 +203,11 @@ def clips() -> dict[str, Any]:
     return {"input_values": torch.stack([torch.from_numpy(tones.tone(hertz)) for hertz in (300, 900)])}
 
 
+def mel_and_text() -> dict[str, Any]:
+    features = torch.linspace(-1, 1, 2 * 16 * 100).reshape(2, 16, 100)
+    return {"input_features": features, "decoder_input_ids": torch.tensor([[257, 30, 21], [257, 80, 33]])}
+
+
 def noisy_latents() -> dict[str, Any]:
     from trainer.small_sdxl import WIDTH
 
@@ -276,6 +281,13 @@ def kinds(root: Path, llama: Path, paragraphs: list[str]) -> dict[str, Kind]:
             heard(root / "tones"),
             options={"ia3": {"targetModules": ["all-linear"]}},  # PEFT has no usual modules of wav2vec2
             inputs=clips,
+        ),
+        "speech-recognition": Kind(
+            tones.save_speech_model(root / "whisper"),
+            [{"audio": row["audio"], "text": f"a {row['label']} tone"} for row in heard(root / "speech")],
+            {"speech": {"language": "en"}, "training": {"maxLength": 32}},
+            options={"ia3": {"targetModules": ["all-linear"]}},  # PEFT has no usual modules of Whisper
+            inputs=mel_and_text,
         ),
         "text-to-image": Kind(
             write_small_sdxl(root / "sdxl"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import soundfile
 import torch
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -19,7 +20,11 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 RATE = 16_000
 HEIGHTS = {"low": 300.0, "middle": 900.0, "high": 2700.0}
@@ -110,3 +115,57 @@ def save_model(folder: Path, config: Any = WAV2VEC2, seed: int = 1) -> Path:
     AutoModelForAudioClassification.from_config(config).save_pretrained(folder)
     EXTRACTORS[config.model_type]().save_pretrained(folder)
     return folder
+
+
+LANGUAGES_OF = 3  # languages that the small Whisper knows, of those that its tokenizer names
+SPEECH: dict[str, Any] = {
+    **WHISPER.to_dict(),
+    "max_target_positions": 48,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+WORDS = {"low": "low tone", "middle": "middle", "high": "a high tone"}
+"""Class → what is said."""
+
+
+def speech_tokenizer() -> WhisperTokenizer:
+    """One token a byte, and Whisper's control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = WhisperTokenizer(vocab={token: i for i, token in enumerate([*alphabet, "<|endoftext|>"])}, merges=[])
+    names = ["startoftranscript", *LANGUAGES, "translate", "transcribe", "startoflm", "startofprev", "nocaptions"]
+    names += ["notimestamps"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    tokenizer.add_tokens([AddedToken(f"<|{i * 0.02:.2f}|>", special=False) for i in range(51)])
+    tokenizer.set_prefix_tokens()
+    return tokenizer
+
+
+def save_speech_model(folder: Path, multilingual: bool = True, seed: int = 1) -> Path:
+    """A Whisper with new weights, which hears one second, and its processor."""
+    tokenizer = speech_tokenizer()
+    end, start = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    ids = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    config = WhisperConfig(**SPEECH | ids | {"vocab_size": len(tokenizer)})
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(config)
+    settings = model.generation_config
+    settings.update(**ids, max_length=48)
+    settings._from_model_config = False  # such settings would be read without those of Whisper
+    settings.is_multilingual = multilingual
+    settings.no_timestamps_token_id = tokenizer.convert_tokens_to_ids("<|notimestamps|>")
+    if multilingual:
+        known = [f"<|{code}|>" for code in [*LANGUAGES][:LANGUAGES_OF]]
+        settings.lang_to_id = dict(zip(known, tokenizer.convert_tokens_to_ids(known), strict=True))
+        settings.task_to_id = {task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in TASK_IDS}
+    model.save_pretrained(folder)
+    WhisperProcessor(EXTRACTORS["whisper"](), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_speech(folder: Path, each: int = 12, classes: Sequence[str] = tuple(HEIGHTS)) -> Path:
+    """Clips of tones, and the table `speech.jsonl` of their paths and of what is said; returns the table."""
+    table = write_tones(folder, each, classes)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    lines = [json.dumps({"audio": row["audio"], "text": WORDS[row["label"]]}) + "\n" for row in rows]
+    (folder / "speech.jsonl").write_text("".join(lines))
+    return folder / "speech.jsonl"

@@ -266,7 +266,7 @@ SHAPES = [
         expect=(
             "spec.task: input should be 'causal-lm', 'seq2seq', 'preference', 'text-classification',"
             " 'token-classification', 'question-answering', 'masked-lm', 'embedding', 'reward', 'grpo',"
-            " 'image-classification', 'audio-classification' or 'text-to-image' (it is 'poetry')"
+            " 'image-classification', 'audio-classification', 'speech-recognition' or 'text-to-image' (it is 'poetry')"
         ),
     ),
     ShapeCase(

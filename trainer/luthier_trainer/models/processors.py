@@ -10,7 +10,7 @@ from luthier_trainer.models import sentencepieces
 from luthier_trainer.runtime.failure import Failure
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def read_image_processor(folder: Path, field: str) -> BaseImageProcessor:
@@ -43,6 +43,22 @@ def read_feature_extractor(folder: Path, field: str) -> FeatureExtractionMixin:
             f"{field}: {folder} has no usable feature extractor (preprocessor_config.json):"
             f" {' '.join(str(error).split())[:300]}",
         ) from error
+
+
+def read_speech_processor(folder: Path, field: str) -> ProcessorMixin:
+    """Return the feature extractor and the tokenizer in `folder`, together. Raises Failure if one is missing."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(processor, ProcessorMixin):
+            raise TypeError(f"it is a {type(processor).__name__} alone")
+    except Exception as error:  # each processor's class fails in its own way
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {folder} has no usable feature extractor and tokenizer: {' '.join(str(error).split())[:300]}",
+        ) from error
+    return processor
 
 
 def read_tokenizer(folder: Path, field: str) -> PreTrainedTokenizerBase:

@@ -130,7 +130,7 @@ def processor_of(task: Task, folder: Path, config: Any, name: str) -> Any:
         return task.read_processor(folder, MODEL)
     if TASKS[name].modality == "image":
         return images_of(config)
-    if TASKS[name].modality == "audio":
+    if TASKS[name].modality in ("audio", "speech"):
         return audio_of(config)
     return SimpleNamespace(pad_token_id=0)
 
@@ -209,7 +209,7 @@ def assumptions(request: Request) -> list[str]:
     spec, found = request.run.spec, []
     if spec.training.max_length:
         found.append(f"each row has training.maxLength tokens ({spec.training.max_length:,})")
-    if TASKS[spec.task].modality == "audio":
+    if TASKS[spec.task].modality in ("audio", "speech"):
         found.append("each row has as much audio as the model hears (training.maxSeconds)")
     if request.rows is None and spec.training.max_steps is None:
         found.append(

@@ -39,6 +39,7 @@ PROCESSORS = {
     "text": ("tokenizer", "AutoTokenizer"),
     "image": ("processor", "AutoImageProcessor"),
     "audio": ("extractor", "AutoFeatureExtractor"),
+    "speech": ("processor", "AutoProcessor"),
 }
 TITLES = {
     "evalLoss": "Held-out loss",
@@ -94,7 +95,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Batch size": training.batch_size,
         "Epochs": None if training.max_steps else f"{training.epochs:g}",
         "Steps": plan.steps,
-        "Tokens a row, at most": training.max_length if task.modality == "text" else None,
+        "Tokens a row, at most": training.max_length,
         "Seconds of a clip, at most": training.max_seconds,
         "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
         "Augmentation": described_augmentation(training.augmentation),

@@ -41,11 +41,13 @@ class MeasuringTrainer(Trainer):
     def __init__(self, *, score: Score, loss: Loss, **kwargs: Any) -> None:
         super().__init__(compute_metrics=Gathered(score.metrics), compute_loss_func=loss, **kwargs)
         self.score = score
-        self.mask: torch.Tensor
-        """That of the present batch, int64 [rows, tokens]: a loss of transformers' Trainer gets outputs and labels."""
+        self.mask: Any
+        """That of the present batch, int64 [rows, tokens]: a loss of transformers' Trainer gets outputs and labels.
+        None if batches have none.
+        """
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        self.mask = inputs["attention_mask"]
+        self.mask = inputs.get("attention_mask")
         # transformers takes `labels` out of the batch that it is given, which others still count.
         return super().compute_loss(model, self._for_model(inputs), *args, **kwargs)
 

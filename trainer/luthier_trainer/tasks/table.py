@@ -16,6 +16,7 @@ from luthier_trainer.tasks.preference import PreferenceTask
 from luthier_trainer.tasks.question_answering import QuestionAnswering
 from luthier_trainer.tasks.reward import RewardTask
 from luthier_trainer.tasks.seq2seq import Seq2Seq
+from luthier_trainer.tasks.speech_recognition import SpeechRecognition
 from luthier_trainer.tasks.text_classification import TextClassification
 from luthier_trainer.tasks.text_to_image import TextToImage
 from luthier_trainer.tasks.token_classification import TokenClassification
@@ -34,6 +35,7 @@ TASKS: Mapping[str, Task] = {
     "image-classification": ImageClassification(),
     "text-to-image": TextToImage(),
     "audio-classification": AudioClassification(),
+    "speech-recognition": SpeechRecognition(),
 }
 
 
