@@ -6,16 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from luthier_api.base import ApiModel
+from luthier_api.base import ApiModel, Format
 
 SpeechTask = Literal["transcribe", "translate"]
 Normalization = Literal["none", "basic"]
+Language = Annotated[
+    str,
+    Field(max_length=3),
+    Format("^[a-z]{2,3}$", "must be the code of a language in two or three letters, such as en"),
+]
 
 
 class Speech(ApiModel):
     """How a model learns to write down what is said."""
 
-    language: Annotated[str | None, Field(pattern="^[a-z]{2,3}$")] = None
+    language: Language | None = None
     """Code of the language that is spoken, such as en. Models of several languages need it, and others have none."""
     task: SpeechTask = "transcribe"
     """What models of several languages are told to write: the language that is spoken, or English."""
@@ -25,6 +30,6 @@ class Speech(ApiModel):
     """
     normalize: Normalization = "basic"
     """What is done to both texts before they are compared. basic: as Whisper's normaliser for all languages does: lower
-    case, no punctuation, nothing in brackets; it also takes vowel signs away, so choose none for scripts that have them,
-    such as Hindi's. none: only blanks in a row are one. What is learnt stays as it is.
+    case, no punctuation, nothing in brackets; it also takes vowel signs away, so choose none for scripts that have
+    them, such as Hindi's. none: only blanks in a row are one. What is learnt stays as it is.
     """

@@ -104,13 +104,13 @@ class Training(ApiModel):
     2,048 tokens or one row. Models that normalise over a batch (BatchNorm) do so over these.
     """
     max_length: Annotated[int, Field(ge=8, le=1_048_576), For("task")] = by_table()
-    """Tokens of a row; longer rows are cut (with packing: split; of reward and speech-recognition: left out). Of grpo: of a prompt and
-    its completion together.
+    """Tokens of a row; longer rows are cut (with packing: split; of reward and speech-recognition: left out). Of grpo:
+    of a prompt and its completion together.
     """
     max_seconds: Annotated[float | None, Field(gt=0, le=3600), For("task")] = by_table()
     """Seconds of audio that the model hears of a row. Longer audio is cut (audio-classification), or its row left out
-    (speech-recognition). When left out, as much as the model can hear
-    at once (Whisper 30 s, Audio Spectrogram Transformer 10.24 s), and 30 s of models without a limit.
+    (speech-recognition). Without it, as much as the model can hear at once (Whisper 30 s, Audio Spectrogram Transformer
+    10.24 s), and 30 s of models without a limit.
     """
     packing: Annotated[Packing, For("task")] = by_table()
     """Whether rows share the maxLength tokens that the model reads at once; batchSize then counts these. isolated:

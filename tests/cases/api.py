@@ -865,6 +865,7 @@ CHOICES: list[Case] = [
             (EMBEDDING, "evalLoss, recallAt1, mrr, tripletAccuracy", "f1", "mrr"),
             (IMAGES, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
             (AUDIO, "evalLoss, accuracy, f1Macro", "rewardMargin", "accuracy"),
+            (SPEECH, "evalLoss, wer, cer", "bleu", "cer"),
             (PICTURES, "evalLoss", "perplexity", "evalLoss"),
         ]
     ),
@@ -879,10 +880,11 @@ CHOICES: list[Case] = [
         for accepted in (IMAGES | LORA, IMAGES | FULL, TEXTS | QLORA, CAUSAL | QLORA)
     ),
     *(
-        Case(message=message, refused=AUDIO | refused, accepted=AUDIO | accepted)
+        Case(message=message.format(task["spec.task"]), refused=task | refused, accepted=task | accepted)
+        for task in (AUDIO, SPEECH)
         for message, refused, accepted in (
-            ("spec.method.type: audio-classification works with full, bitfit, lora, adalora, ia3; choose", QLORA, LORA),
-            ("spec.strategy: audio-classification works with", {"spec.strategy": "zero3"}, {"spec.strategy": "zero2"}),
+            ("spec.method.type: {} works with full, bitfit, lora, adalora, ia3; choose", QLORA, LORA),
+            ("spec.strategy: {} works with", {"spec.strategy": "zero3"}, {"spec.strategy": "zero2"}),
         )
     ),
     *(
@@ -914,6 +916,7 @@ CHOICES: list[Case] = [
             (IMAGES, "imagefolder, parquet, arrow, webdataset", "text", "parquet"),
             (PICTURES, "imagefolder, parquet, arrow, webdataset", "jsonl", "imagefolder"),
             (AUDIO, "csv, json, jsonl, parquet, arrow", "text", "csv"),
+            (SPEECH, "csv, json, jsonl, parquet, arrow", "text", "csv"),
             (CAUSAL, "csv, json, jsonl, parquet, arrow, text, webdataset", "imagefolder", "text"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "text", "jsonl"),
             (TEXTS, "csv, json, jsonl, parquet, arrow, webdataset", "imagefolder", "csv"),
@@ -2672,6 +2675,12 @@ WRITTEN: list[Written] = [
         change=lambda t: {"spec.method.initLoraWeights": t},
         refused=("", "eva", "pissa_niter_", "pissa_niter_100"),
         accepted=("gaussian", "pissa", "pissa_niter_16"),
+    ),
+    Written(
+        field="spec.speech.language",
+        change=lambda t: SPEECH | {"spec.speech.language": t},
+        refused=("", "English", "EN", "e"),
+        accepted=("en", "yue"),
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),
     Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),

@@ -14,8 +14,15 @@ import pytest
 import soundfile
 import torch
 from trainer.preparing import prepared
-from trainer.tones import RATE, file_of, save_speech_model, tone, write_speech
-from transformers import AutoProcessor, WhisperForConditionalGeneration, pipeline
+from trainer.tones import RATE, file_of, save_model, save_speech_model, tone, write_speech
+from transformers import (
+    AutoProcessor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from luthier_api.exitcodes import ExitCode
@@ -64,6 +71,7 @@ def clips(data: Any) -> list[Any]:
     return [soundfile.read(io.BytesIO(file), dtype="float32")[0] for file in data["audio"]]
 
 
+@pytest.mark.slow
 def test_what_is_said_is_learnt(listen: MakeRun) -> None:
     """And a pipeline of transformers writes of held-out clips what the evaluation has seen, with jiwer's rates."""
     run = listen(training={"maxSteps": 80})
@@ -157,6 +165,21 @@ def test_what_does_not_suit_the_model(case: RefusedCase, listen: MakeRun, englis
         main(listen(**spec))
     assert caught.value.code == ExitCode.INVALID_SPEC
     assert caught.value.message.startswith(case.message)
+
+
+def test_models_with_ctc_are_refused(listen: MakeRun, tmp_path: Path) -> None:
+    """With a processor that is whole."""
+    save_model(tmp_path)
+    letters = tmp_path / "vocab.json"
+    letters.write_text(
+        json.dumps({letter: i for i, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"aet"])})
+    )
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(str(letters)))
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(Failure) as caught:
+        main(listen(model={"path": str(tmp_path)}, speech={}))
+    assert caught.value.code == ExitCode.INVALID_SPEC
+    assert "wav2vec2" in caught.value.message, caught.value.message
 
 
 def test_rows_that_are_too_long_are_left_out(listen: MakeRun, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class SpeechRecognition(LabelledBatches, AudioTask):
         """Return the columns `AUDIO`, still encoded files, `SAMPLES` and `TARGET_IDS`: the tokens of each text.
 
         Rows whose audio or text is too long are left out: the model would learn to leave out what it has heard, or to
-        write what it has not. Held-out rows keep the text.
+        write what it has not. Raises Failure if none is left. Held-out rows keep the text.
         """
         from datasets import Features, List, Value
 
