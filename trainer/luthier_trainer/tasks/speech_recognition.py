@@ -140,6 +140,7 @@ class SpeechRecognition(LabelledBatches, AudioTask):
 
         settings = whole_layers(inspect.read_config(context.model_path, inspect.MODEL))
         model = AutoModelForSpeechSeq2Seq.from_pretrained(context.model_path, **context.weights, **settings)
+        model.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which loading lets learn
         if context.spec.speech.language is not None:
             # So that the result writes what it has learnt to write, where nothing else is asked for.
             model.generation_config.language = context.spec.speech.language
