@@ -22,7 +22,7 @@ from luthier_trainer.models import inspect, processors
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 from luthier_trainer.scoring import speech
-from luthier_trainer.tasks.audio import AUDIO, SAMPLES, SECONDS, AudioTask, Hearing, encoded, whole_layers
+from luthier_trainer.tasks.audio import AUDIO, SAMPLES, SECONDS, AudioTask, Hearing, encoded
 from luthier_trainer.tasks.base import Batch, LoadedModel, Model, Processor, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import IGNORED, LabelledBatches, padded
 
@@ -138,9 +138,7 @@ class SpeechRecognition(LabelledBatches, AudioTask):
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from transformers import AutoModelForSpeechSeq2Seq
 
-        settings = whole_layers(inspect.read_config(context.model_path, inspect.MODEL))
-        model = AutoModelForSpeechSeq2Seq.from_pretrained(context.model_path, **context.weights, **settings)
-        model.get_encoder().embed_positions.requires_grad_(False)  # sinusoids, which loading lets learn
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(context.model_path, **context.weights)
         if context.spec.speech.language is not None:
             # So that the result writes what it has learnt to write, where nothing else is asked for.
             model.generation_config.language = context.spec.speech.language
