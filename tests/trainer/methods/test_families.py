@@ -5,6 +5,7 @@ loaded by plain PEFT.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,10 @@ def test_it_learns_and_goes_on_to_the_last_bit(
         assert measured(merged, data) == pytest.approx(metrics["evalLoss"], abs=1e-5)
         adapters.check_kind(json.loads((result / "adapter_config.json").read_text()), "spec.adapters[0]")
         adapters.check_shapes(result, "spec.adapters[0]", llama, "llama", "text-generation")
-        generating = add_adapters(AutoModelForCausalLM.from_pretrained(llama), [result], [1.0], "spec.adapters")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            generating = add_adapters(AutoModelForCausalLM.from_pretrained(llama), [result], [1.0], "spec.adapters")
+        assert not [warning for warning in told if "rank_pattern" in str(warning.message)]
         assert measured(generating, data) == pytest.approx(metrics["evalLoss"], abs=1e-5)
         with pytest.raises(Failure, match=r"adapters\[0\].weight: "):
             adapters.check_together([result], [Adapter(path="/a", weight=0.5)], "spec.adapters")

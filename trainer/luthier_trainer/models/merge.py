@@ -9,8 +9,10 @@ PEFT.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +89,8 @@ def merge(base: Path, adapter: Path, into: Path, labels: list[str] | None, field
         model = model.to(transformers.AutoConfig.from_pretrained(base).dtype or torch.float32)
     make_room(model, adapter)
     try:
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        with without_false_alarm():
+            model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())[:500]
         raise Failure(
@@ -113,6 +116,17 @@ def add_adapters(
     for i, folder, weight in used:
         model = add_adapter(model, folder, weight, f"{field}[{i}]", originals)
     return model
+
+
+@contextmanager
+def without_false_alarm() -> Iterator[None]:
+    """Suppress what PEFT (0.21) says of each AdaLoRA adapter: that the keys of its `rank_pattern` match no module.
+
+    In LoRA they are modules. Here they are names of tensors, which PEFT cuts to the ranks that are left.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The following rank_pattern keys .*\.lora_E'", RuntimeWarning)
+        yield
 
 
 def copied_weights(model: PreTrainedModel, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
@@ -149,7 +163,8 @@ def add_adapter(
     before = copied_weights(model, [folder]) if originals else {}
     make_room(model, folder)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        with without_false_alarm():
+            adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # an error of the volume, not of the adapter
