@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from trainer.cells import clips, mel_and_text
+from trainer.tones import save_model, save_speech_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -219,6 +222,24 @@ def test_adapters_of_others_on_shared_weights(case: KindCase, tmp_path: Path) ->
     generating = with_adapters(base, (tmp_path / "adapter", 1.0))
     for model in (AutoModelForCausalLM.from_pretrained(merged), generating):
         torch.testing.assert_close(logits(model), together, rtol=1e-3, atol=1e-4)
+
+
+HEARING = [
+    pytest.param("AudioClassification", save_model, clips, id="audio-classification"),
+    pytest.param("SpeechSeq2Seq", save_speech_model, mel_and_text, id="speech-recognition"),
+]
+"""What PEFT has no task for: the class of the model says what it is."""
+
+
+@pytest.mark.parametrize(("auto", "save", "inputs"), HEARING)
+@torch.no_grad()
+def test_adapters_of_models_that_hear(auto: str, save: Any, inputs: Any, tmp_path: Path) -> None:
+    base, kind = save(tmp_path / "base"), getattr(transformers, f"AutoModelFor{auto}")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(kind.from_pretrained(base), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = kind.from_pretrained(merge(base, tmp_path / "adapter", tmp_path / "merged", None, "spec.model.job")).eval()
+    torch.testing.assert_close(merged(**inputs()).logits, adapted(**inputs()).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_stays_tied_where_no_adapter_sits_on_shared_weights(tmp_path: Path) -> None:

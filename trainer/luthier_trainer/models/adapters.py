@@ -88,13 +88,11 @@ def task_of_adapter(config: Mapping[str, Any]) -> str | None:
 
     Returns None if the configuration does not name a task, or names one that is not in `TASKS`.
     """
-    peft_type, base = config.get("task_type"), (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    for name, task in TASKS.items():
-        if peft_type and peft_type == task.peft_task_type:
-            return name
-        if not peft_type and task.auto_model and base.endswith(f"For{task.auto_model}"):
-            return name
-    return None
+    if peft_type := config.get("task_type"):
+        return next((name for name, task in TASKS.items() if peft_type == task.peft_task_type), None)
+    # What the class is called is not enough: Wav2Vec2ForSequenceClassification classifies audio.
+    base = (config.get("auto_mapping") or {}).get("base_model_class")
+    return next((name for name, task in TASKS.items() if task.auto_model and base in inspect.classes(name)), None)
 
 
 def check_kind(config: Mapping[str, Any], field: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,13 @@ def auto_class(task: str) -> Any:
     import transformers
 
     return getattr(transformers, str(TASKS[task].auto_class))
+
+
+@cache
+def classes(task: str) -> frozenset[str]:
+    """Return the names of the classes of transformers that `auto_class` selects from."""
+    names = auto_class(task)._model_mapping._model_mapping.values()
+    return frozenset(name for entry in names for name in ([entry] if isinstance(entry, str) else entry))
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
