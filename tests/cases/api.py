@@ -2679,7 +2679,7 @@ WRITTEN: list[Written] = [
     Written(
         field="spec.speech.language",
         change=lambda t: SPEECH | {"spec.speech.language": t},
-        refused=("", "English", "EN", "e"),
+        refused=("", "Eng", "EN", "e"),
         accepted=("en", "yue"),
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),

@@ -285,7 +285,7 @@ def kinds(root: Path, llama: Path, paragraphs: list[str]) -> dict[str, Kind]:
         "speech-recognition": Kind(
             tones.save_speech_model(root / "whisper"),
             [{"audio": row["audio"], "text": f"a {row['label']} tone"} for row in heard(root / "speech")],
-            {"speech": {"language": "en"}, "training": {"maxLength": 32}},
+            {"speech": {"language": "en", "beams": 0}, "training": {"maxLength": 32}},
             options={"ia3": {"targetModules": ["all-linear"]}},  # PEFT has no usual modules of Whisper
             inputs=mel_and_text,
         ),

@@ -55,7 +55,7 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def listen(make_run: MakeRun, said: Path, whisper: Path) -> MakeRun:
     def make(**spec: Any) -> FineTuneRun:
-        data = {"files": [str(said)], "evalFraction": 0.25} | spec.pop("dataset", {})
+        data = {"files": [str(said)], "evalFraction": 0.1} | spec.pop("dataset", {})
         training = {"maxLength": 32, "batchSize": 9, "maxSteps": 4, "learningRate": 5e-3, "logSteps": 50}
         given = {"task": "speech-recognition", "model": {"path": str(whisper)}, "method": {"type": "full"}}
         given |= {"speech": {"language": "en"}}
@@ -74,7 +74,7 @@ def clips(data: Any) -> list[Any]:
 @pytest.mark.slow
 def test_what_is_said_is_learnt(listen: MakeRun) -> None:
     """And a pipeline of transformers writes of held-out clips what the evaluation has seen, with jiwer's rates."""
-    run = listen(training={"maxSteps": 80})
+    run = listen(training={"maxSteps": 80}, dataset={"evalFraction": 0.25})
     _, data = prepared(run)
     metrics = train.main(run).metrics or {}
     assert metrics["wer"] < 0.4
@@ -214,6 +214,31 @@ PAIRS = [
     ("a b c d e f", "x"),
     ("ein hoher Ton", "ein hoher  Ton."),
 ]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A pair of texts, and what a person counts."""
+
+    written: str
+    wanted: str
+    words: tuple[int, int]
+    """Wrong ones, and all of the reference."""
+    characters: tuple[int, int]
+
+
+COUNTED = [
+    Counted("a high tone", "a high tone", words=(0, 3), characters=(0, 11)),
+    Counted("a low tone", "a high tone", words=(1, 3), characters=(4, 11)),  # h → l, i → o, g → w, h left out
+    Counted("high tone so", "a high tone", words=(2, 3), characters=(5, 11)),  # "a " left out, " so" added
+    Counted("", "lute", words=(1, 1), characters=(4, 4)),
+    Counted("The Lute!", "the lute", words=(0, 2), characters=(0, 8)),
+]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.written)
+def test_errors_are_those_that_a_person_counts(case: Counted) -> None:
+    assert speech.numbers(case.written, case.wanted, "basic") == [*case.words, *case.characters]
 
 
 @pytest.mark.parametrize("how", ["none", "basic"])
