@@ -1,5 +1,5 @@
-"""A style that is learnt and then drawn by three shards, of which two lose their pods and one is given a row that cannot
-be drawn: what lies on the Hub is whole, and equal to what one shard draws without any loss.
+"""A style that is learnt and then drawn by three shards, of which two lose their pods and one is given a row that
+cannot be drawn: what lies on the Hub is whole, and equal to what one shard draws without any loss.
 """
 
 from __future__ import annotations
