@@ -29,7 +29,7 @@ ROWS = [
 ]
 PERMUTED = [3, 0, 5, 1, 4, 2]
 IMAGE = {"width": 32, "height": 32, "steps": 4}
-KILLS = 31
+KILLS = 50
 
 
 def main() -> dict[str, Any]:
