@@ -66,7 +66,7 @@ def stage(name: str, folder: Path) -> dict[str, float]:
     from luthier_trainer.generation import main as generation
     from luthier_trainer.generation.ledger import Shard
     from luthier_trainer.generation.overrides import with_overrides
-    from luthier_trainer.generation.records import TextRecords, line_keys
+    from luthier_trainer.generation.records import TextRecords, keys_of
     from luthier_trainer.generation.rows import Samples
     from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
     from luthier_trainer.runtime.telemetry import Telemetry
@@ -82,7 +82,7 @@ def stage(name: str, folder: Path) -> dict[str, float]:
     prepared = folder / "prepared.jsonl"
 
     def shard() -> Shard:
-        records = TextRecords(line_keys("prompt", "text", "finishReason", "promptTokens", "newTokens"))
+        records = TextRecords(keys_of("text-generation", ("text",), ("finishReason", "promptTokens", "newTokens")))
         return Shard(WorkspaceFolder(folder), 0, 1, records, range(count), {"task": "text-generation"}, "here")
 
     def left(of: Shard, end: int = count) -> Iterator[Any]:
