@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pytest
 import torch
 import transformers
 import yaml
+from datasets import load_from_disk
 from peft import PeftModel
 from prepared_workspace import losses
 from scipy.stats import pearsonr
@@ -395,6 +397,82 @@ def test_masks_follow_from_seed_step_and_row(tune: Tune, monkeypatch: pytest.Mon
     assert expected is not None
     assert expected["evalLoss"] < expected["evalLossBefore"]
     assert expected["perplexity"] == pytest.approx(math.exp(expected["evalLoss"]))
+
+
+def test_the_loss_of_masked_words_is_what_the_library_computes(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the held-out batches as they were masked. Each is its row, but for masked words."""
+    batches: list[dict[str, torch.Tensor]] = []
+    masks = Masker.__call__
+
+    def noted(masker: Masker, batch: Any, step: int | None) -> Any:
+        found = masks(masker, batch, step)
+        if step is None:
+            batches.append({name: found[name].clone() for name in ("input_ids", "attention_mask", "labels")})
+        return found
+
+    monkeypatch.setattr(Masker, "__call__", noted)
+    run, rows = tune(MASKED_CASE)
+    prepare.main(run)
+    metrics = train.main(run).metrics or {}
+    result = Path(run.workspace) / "result"
+    model, tokenizer = loaded("AutoModelForMaskedLM", run, result), AutoTokenizer.from_pretrained(result)
+    last, total, right, labels, texts_of_rows = batches[len(batches) // 2 :], 0.0, 0, 0, []
+    for batch in last:
+        for ids, mask, wanted in zip(*batch.values(), strict=True):
+            ids, wanted = ids[mask.bool()], wanted[mask.bool()]
+            learnt = wanted != -100
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0][learnt]
+            total += torch.nn.functional.cross_entropy(logits, wanted[learnt], reduction="sum").item()
+            right, labels = right + (logits.argmax(dim=1) == wanted[learnt]).sum().item(), labels + learnt.sum().item()
+            texts_of_rows.append(torch.where(learnt, wanted, ids).tolist())
+    assert sorted(texts_of_rows) == sorted(tokenizer(row["text"])["input_ids"] for row in rows)
+    assert metrics["evalLoss"] == pytest.approx(total / labels, abs=2e-4)
+    assert metrics["accuracy"] == pytest.approx(right / labels)
+
+
+def test_a_row_counts_by_its_class(tune: Tune, texts: list[str], tmp_path: Path) -> None:
+    """The loss of the first step, of all rows: as pandas counts them, and torch weights them."""
+    rows = pandas.DataFrame([of_class(text) for text in texts[HELD_OUT:42]])
+    torch.manual_seed(5)
+    base = save_bert(tmp_path / "base", texts)
+    names = {"id2label": {0: "code", 1: "prose"}, "label2id": {"code": 0, "prose": 1}}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, **names)
+    model.save_pretrained(base)
+    case = Case("balanced", "finetune-classifier.yaml", of_class, logits_of)
+    run, _ = tune(replace(case, changes={"model": {"path": str(base)}}), maxSteps=1, batchSize=len(rows))
+    prepare.main(run)
+    train.main(run)
+    counts = rows.label.value_counts()
+    weights = {name: len(rows) / (len(counts) * count) for name, count in counts.items()}
+    assert len(set(weights.values())) == 2
+    tokenizer, total = AutoTokenizer.from_pretrained(base), 0.0
+    for text, label in rows.itertuples(index=False):
+        with torch.no_grad():
+            logits = model.eval()(**tokenizer(text, return_tensors="pt")).logits[0]
+        total -= weights[label] * logits.log_softmax(dim=0)[names["label2id"][label]].item()
+    assert losses(run)[0] == pytest.approx(total / len(rows), abs=2e-4)
+
+
+@pytest.mark.parametrize("pieces", ["first", "all"])
+def test_pieces_of_words_get_the_tags_that_are_asked_for(pieces: str, tune: Tune, bert: Path) -> None:
+    """As one reads the tokenizer's words: further pieces of a beginning continue it."""
+    case = next(case for case in CASES if case.name == "token-classification")
+    run, rows = tune(replace(case, changes={"tagging": {"labelPieces": pieces}}))
+    prepare.main(run)
+    names, found = read_prepared(run).dataset.labels or [], load_from_disk(read_prepared(run).dataset_path)
+    tokenizer, expect, several = AutoTokenizer.from_pretrained(bert), [], 0
+    for row in rows:
+        read = tokenizer(row["words"], is_split_into_words=True)
+        tags: list[str | None] = [None] * len(read["input_ids"])
+        for word, tag in enumerate(row["tags"]):
+            span = read.word_to_tokens(word)
+            rest = tag.replace("B-", "I-") if pieces == "all" else None
+            tags[span.start : span.end] = [tag] + [rest] * (span.end - span.start - 1)
+            several += tag == "B-NAME" and span.end - span.start > 1
+        expect.append((read["input_ids"], [-100 if tag is None else names.index(tag) for tag in tags]))
+    assert several
+    assert sorted(zip(found["eval"]["input_ids"], found["eval"]["labels"], strict=True)) == sorted(expect)
 
 
 def test_whole_words_are_masked(texts: list[str], bert: Path) -> None:
