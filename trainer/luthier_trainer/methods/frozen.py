@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import TYPE_CHECKING
 
@@ -59,11 +58,9 @@ def keep_fixed(model: PreTrainedModel) -> None:
 
     `from_pretrained` (transformers 5.23) lets these learn, other than the same model before it was saved.
     """
-    import torch
+    from luthier_trainer.models.heads import twin
 
-    with torch.device("meta"):
-        outline = type(model)(copy.deepcopy(model.config))
-    fixed = {name for name, weight in outline.named_parameters() if not weight.requires_grad}
+    fixed = {name for name, weight in twin(model).named_parameters() if not weight.requires_grad}
     for name, weight in model.named_parameters():
         if name in fixed:
             weight.requires_grad_(False)
