@@ -172,13 +172,15 @@ def trained(run: FineTuneRun, record: PreparedRecord, root: Path) -> list[tuple[
     return samples
 
 
-def main() -> dict[str, Any]:
+def main(*names: str) -> dict[str, Any]:
+    """Measure the cases of these names, or all of them."""
+    cases = [case for case in CASES if case.name in names or not names]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         code = f"from perf.loading import write_model; write_model({str(root / 'model')!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
-        return {case.name: measured(case, root / str(number), root / "model") for number, case in enumerate(CASES)}
+        return {case.name: measured(case, root / str(number), root / "model") for number, case in enumerate(cases)}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(), indent=1))
+    print(json.dumps(main(*sys.argv[1:]), indent=1))

@@ -8,6 +8,7 @@ the run folder of each training, with its run.json.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -18,6 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from luthier_api.run import read_run
@@ -35,6 +40,9 @@ FIXED = "fixed-completions"
 SMALL_FILES, FILE_BYTES = "small-files", 100_000
 """A file in the folder of a run whose result is written in files of so many bytes, as that of a large model is."""
 
+LOADED = "loaded.safetensors"
+"""A file in the folder of a run with ZeRO-3. Its first process writes all weights to it, as they are before a step."""
+
 
 def begins(folder: Path) -> str:
     """The line with which the output of a training begins."""
@@ -50,6 +58,24 @@ def fix_completions(put: Callable[[Any, str, Any], None]) -> None:
         return [ids[: 1 + number] for ids, number in zip(prompts, numbers, strict=True)], None
 
     put(GRPOTrainer, "_generate_single_turn", written)
+
+
+class Loaded(TrainerCallback):
+    """Writes the weights of a model that ZeRO-3 has divided among the processes."""
+
+    loop: Any
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        found: dict[str, torch.Tensor] = {}
+        for name, weight in self.loop.model.named_parameters():
+            assert weight.ds_tensor.numel() == math.ceil(weight.ds_numel / self.loop.args.world_size), name
+            with deepspeed.zero.GatheredParameters([weight]):
+                found[name] = weight.detach().clone()
+        if self.loop.is_world_process_zero():
+            save_file(found, self.path)
 
 
 @contextmanager
@@ -95,7 +121,8 @@ def main() -> None:
             sys.modules["bitsandbytes"] = quantises
         try:
             with stopping(Path(folder)):
-                write_result(work(run))
+                loaded = Path(folder) / LOADED
+                write_result(work(run, [Loaded(loaded)]) if loaded.exists() else work(run))
         except Exception:
             traceback.print_exc()
             failed = True

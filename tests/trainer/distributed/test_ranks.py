@@ -500,6 +500,50 @@ def with_own_output(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@dataclass(frozen=True)
+class Shards:
+    """A model whose weights are in files, and in the shards of two processes."""
+
+    name: str
+    sizes: dict[str, Any]
+    """What its configuration has beside that of the Llama of the other tests."""
+    kind: str = "llama"
+    dtype: str = "float32"
+    """Of the files."""
+    precision: str = "fp32"
+    method: dict[str, Any] = field(default_factory=lambda: LORA)
+
+    def write(self, folder: Path, llama: Path) -> Path:
+        config = AutoConfig.from_pretrained(llama).to_dict() | self.sizes
+        config = AutoConfig.for_model(**{**config, "model_type": self.kind})
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+        model.save_pretrained(folder, max_shard_size="100KB")
+        AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+        return folder
+
+    def run(self, root: Path, llama: Path, data: DatasetDict) -> FineTuneRun:
+        root.mkdir()
+        (root / one_after_another.LOADED).touch()
+        training = ONE_STEP | {"precision": self.precision}
+        model = self.write(root / "model", llama)
+        return two(root, model, data, strategy="zero3", method=self.method, training=training)
+
+
+ODD = {"hidden_size": 65, "intermediate_size": 129, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SHARDS = [
+    Shards(name="an adapter", sizes={}),
+    Shards(name="all weights", sizes={}, method=FULL),
+    Shards(name="tied weights", sizes={"tie_word_embeddings": True}),
+    Shards(name="tied weights that learn", sizes={"tie_word_embeddings": True}, method=FULL),
+    Shards(name="files in bf16", sizes={}, dtype="bfloat16", precision="bf16"),
+    Shards(name="files in fp32, for bf16", sizes={}, precision="bf16", method=FULL),
+    Shards(name="numbers that two does not divide", sizes=ODD, method=FULL),
+    Shards(name="experts, which files hold one by one", sizes=EXPERTS, kind="mixtral", method=FULL),
+]
+
+
 @pytest.fixture(scope="module")
 def zero3(
     group: Any, classifiers: Any, deepspeed_operators: None, llama: Path, with_own_output: Path, data: DatasetDict
@@ -509,6 +553,7 @@ def zero3(
     made: Group = group(
         adapter=lambda root: two(root, llama, data, strategy="zero3", training=training),
         **{"own-output": lambda root: two(root, with_own_output, data, strategy="zero3", training=ONE_STEP)},
+        **{case.name: functools.partial(case.run, llama=llama, data=data) for case in SHARDS},
         **classifiers("zero3"),
         **of_courses(llama, data, "zero3"),
     )
@@ -811,6 +856,22 @@ def test_zero3(zero3: Group, alone: Any) -> None:
 def test_zero3_keeps_an_output_layer_that_only_the_configuration_ties(zero3: Group, alone: Any) -> None:
     """As of mT0, and of T5 since version 1.1, whose output layer transformers 5.23 ties in each configuration."""
     assert losses(zero3.runs["own-output"]) == pytest.approx(alone[0][:1], abs=2e-4)
+
+
+@pytest.mark.parametrize("case", SHARDS, ids=lambda case: case.name)
+def test_zero3_loads_what_the_files_hold(case: Shards, zero3: Group) -> None:
+    """To the last bit, in two processes of which each keeps its half."""
+    folder = zero3.folder / case.name
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    expect = dict(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype).named_parameters())
+    found = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): weight
+        for name, weight in load_file(folder / one_after_another.LOADED).items()
+        if ".lora_" not in name
+    }
+    assert found.keys() == expect.keys()
+    assert [name for name, weight in expect.items() if not torch.equal(found[name], weight)] == []
+    assert {weight.dtype for weight in found.values()} == {dtype}
 
 
 @pytest.mark.parametrize("strategy", ["zero2-offload", "zero3-offload"])
