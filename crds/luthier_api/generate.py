@@ -9,11 +9,11 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from pydantic.alias_generators import to_camel, to_snake
 
 from luthier_api.base import SET, ApiModel, Format, Rule, model_in
-from luthier_api.decides import BUDGET, CIRCUMSTANCES, PLACE, PUBLICATION, RESULT
+from luthier_api.decides import BUDGET, CIRCUMSTANCES, LAYOUT, PLACE, PUBLICATION, RESULT
 from luthier_api.marks import For, Table, TabledSpec, by_table
 from luthier_api.outputs import BATCH, LINES, OUTPUT_FORMATS, InputForm, OutputFormat
 from luthier_api.overriding import WHOLE_JOB, overriding, sweeping
-from luthier_api.quantity import Bytes, Cores
+from luthier_api.quantity import Bytes, Cores, GpuBytes
 from luthier_api.samplers import SchedulerName, Sigmas, TimestepSpacing, samplers
 from luthier_api.scheduling import Scheduling
 from luthier_api.spec import (
@@ -250,6 +250,10 @@ class TextSettings(ApiModel):
     """
     target_language: Annotated[ShortText, For("task"), WHOLE_JOB] = by_table()
     """Language of the translations, likewise."""
+    offload: Annotated[Literal["none", "layers"], For("task"), WHOLE_JOB] = by_table()
+    """What waits in the memory of the node until the GPU computes with it. layers: those that repeat, which are nearly
+    the whole model. Each token then takes as long as copying them to the GPU. The texts stay the same.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -359,6 +363,12 @@ class ImageSettings(ApiModel):
     """Share by which the guided prediction is scaled back to the deviation of the unguided one, against too much
     exposure; 0.7 for models with a zero terminal SNR.
     """
+    guidance_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps before guidance begins. A step without guidance takes half the time; without guidance in the
+    first ones images are more varied.
+    """
+    guidance_end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps after which guidance ends."""
     strength: Annotated[float, Field(gt=0, le=1), For("task")] = by_table()
     """How much of an image is made anew: share of the steps that are done, after noise was added to it. 1: nothing is
     left of it where it is changed.
@@ -391,9 +401,10 @@ class ImageSettings(ApiModel):
     """
     attention_slicing: Annotated[bool, WHOLE_JOB] = False
     """Whether attention is computed a part at a time. Takes less memory where an image is large, and more time."""
-    offload: Annotated[Literal["none", "models", "layers"], WHOLE_JOB] = "none"
+    offload: Annotated[Literal["auto", "none", "models", "layers"], WHOLE_JOB] = "auto"
     """What waits in the memory of the node until the GPU computes with it: models that are not in use, or all layers.
-    Takes more time, layers much more.
+    Takes more time, layers much more. The images stay the same. auto: as little as fits the memory of the GPU, and
+    nothing where that is not known.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -402,6 +413,22 @@ class ImageSettings(ApiModel):
         Rule(
             "self.guidanceRescale == 0.0 || self.guidance > 1.0",
             "image.guidanceRescale: has no effect with guidance up to 1; remove it, or set guidance above 1",
+        ),
+        Rule(
+            "self.guidanceStart < self.guidanceEnd",
+            "image.guidanceStart: must be below image.guidanceEnd; to leave guidance out, set guidance: 1",
+        ),
+        *(
+            Rule(
+                f"self.{name} == {whole} || self.guidance > 1.0",
+                f"image.{name}: has no effect with guidance up to 1; remove it, or set guidance above 1",
+            )
+            for name, whole in (("guidanceStart", "0.0"), ("guidanceEnd", "1.0"))
+        ),
+        Rule(
+            "!has(self.refiner) || self.guidanceStart == 0.0 && self.guidanceEnd == 1.0",
+            "image.refiner: the steps of two models have no common guidanceStart and guidanceEnd; remove them, or the"
+            " refiner",
         ),
     )
 
@@ -676,9 +703,14 @@ class GenerateResources(ApiModel):
 
     gpus: Annotated[int, Field(ge=0, le=1)] = 1
     """GPUs of each shard: 1, or 0 to run on CPU."""
-    gpu_class: Annotated[ObjectName | None, CIRCUMSTANCES] = None
+    gpu_class: Annotated[ObjectName | None, LAYOUT] = None
     """Kind of GPU, by the name that the administrator has given it (`gpuClasses` of the chart): which resource is
-    requested, and on which nodes. Left out: that of the namespace, or else any GPU.
+    requested, on which nodes, and for how much memory images are planned. Left out: that of the namespace, or else any
+    GPU.
+    """
+    gpu_memory: Annotated[GpuBytes | None, LAYOUT] = None
+    """Memory of the GPU, for which images are planned, for example 24Gi. Left out: that of the class of GPUs, if the
+    administrator has given it. Only the plan depends on it: it requests nothing.
     """
     cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each shard, in cores, for example 8 or 500m; none when left out."""
@@ -693,6 +725,10 @@ class GenerateResources(ApiModel):
         Rule(
             "!has(self.gpuClass) || self.gpus > 0",
             "resources.gpuClass: the job requests no GPUs; remove it, or set gpus",
+        ),
+        Rule(
+            "!has(self.gpuMemory) || self.gpus > 0",
+            "resources.gpuMemory: the job requests no GPUs; remove it, or set gpus",
         ),
     )
 
@@ -859,8 +895,22 @@ class GenerateJobSpec(JobControl, TabledSpec):
             f"spec.inputs.rows.tools: {TOOLS_NEED_CHAT}",
         ),
         Rule(
-            "self.resources.gpus > 0 || !has(self.image) || self.image.offload == 'none'",
+            "self.resources.gpus > 0 || !has(self.image) || self.image.offload in ['auto', 'none']",
             "spec.image.offload: frees memory of a GPU, and the job has none; remove it, or set resources.gpus",
+        ),
+        Rule(
+            "self.resources.gpus > 0 || !has(self.text) || !has(self.text.offload) || self.text.offload == 'none'",
+            "spec.text.offload: frees memory of a GPU, and the job has none; remove it, or set resources.gpus",
+        ),
+        Rule(
+            "!has(self.model.quantization) || !has(self.text) || !has(self.text.offload) ||"
+            " self.text.offload == 'none'",
+            "spec.text.offload: packed weights of bitsandbytes stay on the GPU; remove it, or model.quantization",
+        ),
+        Rule(
+            "!has(self.model.quantization) || !has(self.adapters) || size(self.adapters) == 0",
+            "spec.adapters: are merged into whole weights, which model.quantization would round with them; name the"
+            " FineTuneJob in spec.model.job, whose merged weights are quantised, or remove one of the two",
         ),
         Rule(
             "!has(self.inputs.rows) || !has(self.image) || self.image.guidance > 1.0 ||"

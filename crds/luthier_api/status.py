@@ -100,7 +100,7 @@ class ResolvedDataset(ResolvedSource):
 
 
 class Memory(ApiModel):
-    """What a training is expected to need of memory."""
+    """What a job is expected to need of memory."""
 
     gpu: dict[str, int] = Field(default_factory=dict)
     """Bytes of each GPU at the peak, by what takes them."""
@@ -164,7 +164,9 @@ class Plan(ApiModel):
     `scheduling.gracePeriodSeconds` overrides it.
     """
     memory: Memory | None = None
-    """What the training is expected to need of memory (FineTuneJob)."""
+    """What the job is expected to need of memory. Of GenerateJobs those that make images have it."""
+    offload: str | None = None
+    """What waits in the memory of the node until the GPU computes with it: none, models or layers (GenerateJob)."""
     rows_per_shard: int | None = None
     """Outputs of the largest shard (GenerateJob)."""
 

@@ -705,7 +705,7 @@ TASKS: Mapping[str, TaskInfo] = {
             settings="text",
             options=RESULT_OPTIONS
             | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None}
-            | {"inputs.form": "columns"},
+            | {"inputs.form": "columns", "model.quantization": None, "text.offload": "none"},
             metrics=WRITTEN_METRICS,
         ),
     ),

@@ -822,7 +822,6 @@ MARKS: list[Case] = [
             "resizeEmbeddings": {"spec.model.resizeEmbeddings": True},
             "addSpecialTokens": {"spec.model.addSpecialTokens": ["<|im_end|>"]},
             "config": {"spec.model": {"config": {"modelType": "llama"}}},
-            "quantization": quantised("int8"),
         }.items()
     ),
 ]
@@ -1646,6 +1645,12 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="resources.gpuMemory:",
+        refused={"spec.resources": {"gpus": 0, "gpuMemory": "24Gi"}},
+        accepted={"spec.resources.gpuMemory": "24Gi"},
+        base=GENERATE,
+    ),
+    Case(
         message="spec.maxFailedShards:",
         refused={"spec.shards": 8, "spec.maxFailedShards": 8},
         accepted={"spec.shards": 8, "spec.maxFailedShards": 7},
@@ -2173,9 +2178,30 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
+        message="image.guidanceStart: must be below",
+        refused=PICTURES | {"spec.image": {"guidanceStart": 0.5, "guidanceEnd": 0.5}},
+        accepted=PICTURES | {"spec.image": {"guidanceStart": 0.4, "guidanceEnd": 0.5}},
+        base=GENERATE,
+    ),
+    *(
+        Case(
+            message=f"image.{name}: has no effect with guidance up to 1",
+            refused=PICTURES | {"spec.image": {name: 0.5, "guidance": 1}},
+            accepted=PICTURES | {"spec.image": {name: 0.5}},
+            base=GENERATE,
+        )
+        for name in ("guidanceStart", "guidanceEnd")
+    ),
+    Case(
+        message="image.refiner: the steps of two models",
+        refused=PICTURES | {"spec.image": {"guidanceEnd": 0.5, "refiner": {"id": "org/r"}}},
+        accepted=PICTURES | {"spec.image": {"refiner": {"id": "org/r"}}},
+        base=GENERATE,
+    ),
+    Case(
         message="spec.image.offload: frees memory of a GPU",
         refused=PICTURES | {"spec.image": {"offload": "models"}, "spec.resources": {"gpus": 0}},
-        accepted=PICTURES | {"spec.image": {"offload": "models"}},
+        accepted=PICTURES | {"spec.image": {"offload": "auto"}, "spec.resources": {"gpus": 0}},
         base=GENERATE,
     ),
     Case(
@@ -2431,6 +2457,36 @@ CASES: list[Case] = [
         message="spec.text.chat: applies to text-generation;",
         refused=SUMMARIES | {"spec.text": {"chat": True}},
         accepted={"spec.text": {"chat": True}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.model.quantization: applies to text-generation;",
+        refused=SUMMARIES | quantised("nf4"),
+        accepted=quantised("nf4"),
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.text.offload: applies to text-generation;",
+        refused=SUMMARIES | {"spec.text": {"offload": "layers"}},
+        accepted={"spec.text": {"offload": "layers"}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.text.offload: frees memory of a GPU",
+        refused={"spec.text": {"offload": "layers"}, "spec.resources": {"gpus": 0}},
+        accepted={"spec.text": {"offload": "none"}, "spec.resources": {"gpus": 0}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.text.offload: packed weights of bitsandbytes",
+        refused=quantised("int8") | {"spec.text": {"offload": "layers"}},
+        accepted=quantised("int8") | {"spec.text": {"offload": "none"}},
+        base=GENERATE,
+    ),
+    Case(
+        message="spec.adapters: are merged into whole weights",
+        refused=quantised("nf4") | {"spec.adapters": [{"job": "tune"}]},
+        accepted=quantised("nf4") | {"spec.model.job": "tune", "spec.model.id": None},
         base=GENERATE,
     ),
     Case(
@@ -2967,11 +3023,11 @@ WRITTEN: list[Written] = [
         for block in ("prepare", "publish")
         for field, texts in (("cpu", CORES), ("memory", BYTES), ("ephemeralStorage", BYTES))
     ),
-    Written("spec.resources.gpuMemory", lambda t: {"spec.resources.gpuMemory": t}, *GPU_BYTES),
     *(
         written
         for base in (FINE_TUNE, GENERATE)
         for written in (
+            Written("spec.resources.gpuMemory", lambda t: {"spec.resources.gpuMemory": t}, *GPU_BYTES, base),
             Written("spec.resources.ephemeralStorage", lambda t: {"spec.resources.ephemeralStorage": t}, *BYTES, base),
             Written("spec.resources.gpuClass", lambda t: {"spec.resources.gpuClass": t}, *NAMES, base),
         )
@@ -3151,6 +3207,7 @@ PAUSED: Change = {
     "spec.resources.memory": "8Gi",
     "spec.volumes": [{"claimName": "a", "mountPath": "/data"}],
     "spec.resources.gpuClass": "h100",
+    "spec.resources.gpuMemory": "40Gi",
     "spec.resources.ephemeralStorage": "50Gi",
     "spec.prepare": {"memory": "8Gi"},
     "spec.publish": {"memory": "8Gi"},
@@ -3162,7 +3219,6 @@ WHILE_STOPPED: dict[str, Change] = {
     "FineTuneJob": PAUSED
     | {
         "spec.strategy": "zero2",
-        "spec.resources.gpuMemory": "40Gi",
         "spec.training.microBatchSize": 1,
         "spec.training.gradientCheckpointing": True,
         "spec.training.attention": "eager",
@@ -3334,7 +3390,7 @@ FIXED = [
         field="resources",
         base=GENERATE,
         change={"spec.resources.gpus": 0},
-        excepted="gpuClass, cpu, memory, ephemeralStorage",
+        excepted="gpuClass, gpuMemory, cpu, memory, ephemeralStorage",
     ),
     FixedCase(
         field="workspace",

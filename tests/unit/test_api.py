@@ -396,7 +396,12 @@ def test_settings_that_depend_on_task_and_method() -> None:
         "training.optimizerOptions.beta1": 0.8,
         "training.saveSteps": 500,
     }
-    assert settings_of(check_job(make()).spec) == {"inputs.form": "columns", "text.chat": False, "seed": 0}
+    assert settings_of(check_job(make()).spec) == {
+        "inputs.form": "columns",
+        "text.chat": False,
+        "text.offload": "none",
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,12 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         raise Failure(
             ExitCode.INVALID_SPEC, f"spec.model: the {kind} can be loaded, but not generate: {what}"
         ) from error
-    # int8 rounds the activations of a text together with those of the other texts in the batch.
+    if mixes_rows(model):
+        notice(
+            "spec.model: LLM.int8() (bitsandbytes 0.50) rounds the activations of a text by those of all texts beside"
+            " it. So prompts are worked on one by one, which takes longer; spec.batchSize has no effect"
+        )
+        return "none"
     smallest = (
         SMALLEST[torch.bfloat16]
         if getattr(model, "is_quantized", False)
@@ -119,6 +124,14 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         " longer; spec.batchSize has no effect"
     )
     return "none"
+
+
+def mixes_rows(model: PreTrainedModel) -> bool:
+    """Return whether what a row holds decides how others are rounded.
+
+    LLM.int8() computes a column in 16 bits if any row of the batch has an outlier there.
+    """
+    return any(type(m).__name__ == "Linear8bitLt" and m.state.threshold > 0 for m in model.modules())
 
 
 def slots_effect(

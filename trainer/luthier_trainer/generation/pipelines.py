@@ -15,6 +15,7 @@ import torch
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec, ImageSettings
 from luthier_trainer.generation import lora
+from luthier_trainer.generation.guidance import check_interval
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import room, unread_tokens
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
@@ -42,6 +43,7 @@ def check(
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
     check_size(models["vae"], spec.image)
+    check_interval(models["unet"], spec.image)
     if spec.image.strength is not None:
         check_strength("text_encoder_2" in models, spec.image)
     if (index.get("safety_checker") or [None])[0]:
@@ -137,13 +139,13 @@ def check_strength(is_xl: bool, settings: ImageSettings) -> None:
         )
 
 
-def place(pipe: Any, image: ImageSettings, device: str) -> None:
-    """Put the pipeline on the device, with what `image` says about memory."""
+def place(pipe: Any, image: ImageSettings, device: str, offload: str) -> None:
+    """Put the pipeline on the device, with what `image` says about memory. `offload`: as the plan says."""
     if image.vae_tiling:
         pipe.vae.enable_tiling()
     if image.attention_slicing:
         pipe.enable_attention_slicing()
-    OFFLOADS[image.offload](pipe, device)
+    OFFLOADS[offload](pipe, device)
 
 
 OFFLOADS: Mapping[str, Callable[[Any, str], object]] = {
@@ -151,7 +153,7 @@ OFFLOADS: Mapping[str, Callable[[Any, str], object]] = {
     "models": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
     "layers": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
 }
-"""`image.offload` → the function that does it."""
+"""What waits elsewhere (`image.offload`, and the plan where it is auto) → the function that does it."""
 
 
 def report_refused(tokenizers: Sequence[Any], rows: Iterable[Mapping[str, Any]], image: ImageSettings) -> None:

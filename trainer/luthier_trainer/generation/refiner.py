@@ -18,13 +18,13 @@ from luthier_trainer.generation.schedulers import make_scheduler
 class RefiningModel:
     """The refiner in `path`. Its own VAE is not used: latents are decoded as those of the base model."""
 
-    def __init__(self, path: Path, image: ImageSettings, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, image: ImageSettings, device: str, dtype: torch.dtype, offload: str) -> None:
         assert image.refiner, "the spec names a refiner"
         self.start = image.refiner.start
         pipe = pipelines.load(path, dtype, pipelines.REFINER)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = make_scheduler(image, pipe.scheduler)
-        pipelines.place(pipe, image, device)
+        pipelines.place(pipe, image, device, offload)
         self.pipe, self.prompts = pipe, Prompts(pipe, image)
 
     def refined(self, latents: torch.Tensor, batch: Sequence[Sample], more: dict[str, Any]) -> torch.Tensor:

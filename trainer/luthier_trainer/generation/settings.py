@@ -34,6 +34,7 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
         "model": record.model.dump(),
         "adapters": adapters,
         **({"refinerModel": record.refiner.dump()} if record.refiner else {}),
+        **({"quantization": spec.model.quantization.type} if spec.model.quantization else {}),
         "precision": hardware.precision,
         "batchSize": batch_size,
         **{name: value for name, value in spec.settings.dump().items() if name not in WITHOUT_EFFECT},

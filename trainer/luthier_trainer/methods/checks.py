@@ -230,10 +230,15 @@ def check_new_tokens(config: PreTrainedConfig, task: str, method: Method) -> Non
                 )
 
 
-def check_quantisable(config: PreTrainedConfig, kind: QuantizationType, field: str) -> None:
+WITHOUT_QUANTIZATION = "use method.type: lora without model.quantization, or a GPU"
+
+
+def check_quantisable(
+    config: PreTrainedConfig, kind: QuantizationType, field: str, remedy: str = WITHOUT_QUANTIZATION
+) -> None:
     """Check that bitsandbytes can quantise the model on a CPU, where some kernels need rows of a certain multiple.
 
-    Raises Failure if not.
+    Raises Failure, with `remedy`, if not.
     """
     multiple = QUANTIZATIONS[kind].cpu_multiple
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -243,5 +248,5 @@ def check_quantisable(config: PreTrainedConfig, kind: QuantizationType, field: s
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{field}: {kind} on CPU needs widths of a multiple of {multiple}, and the model's {name} is {width};"
-                " use method.type: lora without model.quantization, or a GPU",
+                f" {remedy}",
             )

@@ -37,4 +37,9 @@ SETTINGS: Mapping[QuantizationType, Callable[[QuantizationType, torch.dtype], Bi
 
 def settings(kind: QuantizationType, precision: str) -> BitsAndBytesConfig:
     """Return the settings with which transformers quantises a model on loading. `precision`: fp32, bf16 or fp16."""
-    return SETTINGS[kind](kind, torch.float16 if precision == "fp16" else torch.bfloat16)
+    return settings_for(kind, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+def settings_for(kind: QuantizationType, compute: torch.dtype) -> BitsAndBytesConfig:
+    """Return the same for products in `compute`."""
+    return SETTINGS[kind](kind, compute)

@@ -11,15 +11,17 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
+from luthier_api.status import Plan
 from luthier_api.tasks import TASKS, TOOLS, Modality
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.rows import Line
+from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import generation_images, references
+from luthier_trainer.prepare import generation_images, image_plan, references
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SYSTEM_ROLES = ("system", "developer")  # roles of a message that says how to answer
-MODEL, CHAT = "spec.model", "spec.text.chat"
+MODEL, CHAT, REFINER = "spec.model", "spec.text.chat", "spec.image.refiner"
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
 OTHER_TOKENIZER = (
@@ -80,11 +82,12 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     size = target.stat().st_size
     needed = space.outputs_bytes(spec, written.outputs, size * written.outputs // max(written.rows, 1))
     space.check_outputs(needed, written.outputs, folder.root)
+    plan = plan_generation(spec, written.outputs, size, needed.most, parameters)
     return PreparedRecord(
         model=located.resolved,
         dataset=inputs.model_copy(update={"rows": written.rows, "outputs": written.outputs}),
         adapters=[a.resolved for a in found],
-        plan=plan_generation(spec, written.outputs, size, needed.most, parameters),
+        plan=PLANNED[library](run, plan, path, refiner_path, rows),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         other_model_paths=[str(refiner_path)] if refiner_path else [],
@@ -101,7 +104,7 @@ def locate_refiner(run: GenerateRun) -> sources.Located | None:
     if given is None:
         return None
     source = ModelSource(id=given.id, revision=given.revision, path=given.path)
-    return sources.locate(source, run, "spec.image.refiner")
+    return sources.locate(source, run, REFINER)
 
 
 def check_refiner(refiner: Path, base: Path, spec: GenerateJobSpec) -> int:
@@ -251,11 +254,33 @@ def transformers_model(
     checks.check_task(config, spec.task, located.field)
     writes = task.auto_model == "CausalLM"
     checks.check_quantisation(config, {"bitsandbytes", "fp8"} if writes else set(), located.field)
+    check_memory_settings(config, spec)
     if writes:
         checks.check_new_tokens(config, spec.text.max_new_tokens, "spec.text.maxNewTokens")
     path = weight_check.fitting(path, config, spec.task, located.field, folder, named_by_adapter=False)
     SAVED_PROCESSORS[task.modality](located.folder or path, spec, config, located.field, folder)
     return path
+
+
+def check_memory_settings(config: PreTrainedConfig, spec: GenerateJobSpec) -> None:
+    """Raise Failure if the weights cannot be quantised or wait in the memory of the node, as the job wants."""
+    stored = dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if spec.model.quantization:
+        if stored:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{MODEL}.quantization: the weights are quantised already ({stored}); remove it, or choose the"
+                " unquantised model",
+            )
+        if not spec.resources.gpus:
+            remedy = "remove model.quantization, or use a GPU"
+            check_quantisable(config, spec.model.quantization.type, f"{MODEL}.quantization", remedy)
+    if spec.text and spec.text.offload == "layers" and stored == "bitsandbytes":
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            "spec.text.offload: packed weights of bitsandbytes stay on the GPU; remove it, or choose the unquantised"
+            " model",
+        )
 
 
 def save_tokenizer(
@@ -372,6 +397,24 @@ CHECKED_TOGETHER: Mapping[
     "diffusers": pipeline_with_adapters,
 }
 """Library → the function that checks model and adapters together and returns the number of weights."""
+
+
+def plan_texts(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
+    """Return `plan` with what waits elsewhere, which the job says itself."""
+    offload = run.spec.text.offload if run.spec.text else None
+    return plan.model_copy(update={"offload": offload})
+
+
+def plan_images(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
+    """Return `plan` fitted to the memory of the GPU. Raises Failure if nothing fits."""
+    return image_plan.fitted(run, plan, {MODEL: path} | ({REFINER: refiner} if refiner else {}), rows)
+
+
+PLANNED: Mapping[str, Callable[[GenerateRun, Plan, Path, Path | None, Iterable[Line]], Plan]] = {
+    "transformers": plan_texts,
+    "diffusers": plan_images,
+}
+"""Library → the function that plans the memory of its models."""
 
 
 def fetch_adapter(located: sources.Located, into: Path, run: GenerateRun, number: int) -> Path:

@@ -17,6 +17,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.engines.images import ImageEngine, image_settings
+from luthier_trainer.generation.guidance import guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.pictures import Pictures
 from luthier_trainer.generation.pipelines import check_strength
@@ -71,11 +72,12 @@ class ImageToImageEngine(ImageEngine):
         ]
         pipe.scheduler = self.pipe.scheduler
         known = signature(type(pipe).__call__).parameters  # those of Stable Diffusion 1 and 2 know less than XL's
-        latents: torch.Tensor = pipe(
-            **self.prompts_for(batch[0]).arguments(batch),
-            **{name: value for name, value in more.items() if name in known},
-            **given,
-        ).images
+        with guided_within(pipe, settings):
+            latents: torch.Tensor = pipe(
+                **self.prompts_for(batch[0]).arguments(batch),
+                **{name: value for name, value in more.items() if name in known},
+                **given,
+            ).images
         if self.upcasts:
             self.pipe.vae.to(torch.float32)  # diffusers has put it back into fp16 after encoding
         return latents

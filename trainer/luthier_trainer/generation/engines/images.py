@@ -22,6 +22,7 @@ from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import FORMATS, About, encode
 from luthier_trainer.generation.engines.base import Batched
+from luthier_trainer.generation.guidance import check_interval, guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import Prompts
@@ -45,7 +46,8 @@ class ImageEngine(Batched):
         adapters = [Path(path) for path in prepared.adapter_paths]
         about = About(settings(run, prepared, hardware, batch_size), hardware.environment)
         refiner = Path(prepared.other_model_paths[0]) if prepared.refiner else None
-        return cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size, about, refiner)
+        offload = prepared.plan.offload or "none"
+        return cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size, about, refiner, offload)
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class ImageEngine(Batched):
         batch_size: int,
         about: About,
         refiner: Path | None = None,
+        offload: str = "none",
     ) -> None:
         for library in (logging, transformers_logging):
             library.disable_progress_bar()
@@ -84,13 +87,15 @@ class ImageEngine(Batched):
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         self.repository_scheduler = pipe.scheduler
-        pipelines.place(pipe, spec.image, hardware.device)
+        pipelines.place(pipe, spec.image, hardware.device, offload)
         self.pipe = pipe
         self.prompts: dict[bool, Prompts] = {}
         """Whether there is guidance → the embeddings of prompts."""
         self.problems: dict[str, str | None] = {}
         """Variant of samples → why the model cannot work with their settings, if so."""
-        self.refiner = RefiningModel(refiner, spec.image, hardware.device, hardware.dtype) if refiner else None
+        self.refiner: RefiningModel | None = None
+        if refiner:
+            self.refiner = RefiningModel(refiner, spec.image, hardware.device, hardware.dtype, offload)
         self.pipes = [pipe, *([self.refiner.pipe] if self.refiner else [])]
 
     def problem(self, sample: Sample) -> str | None:
@@ -116,6 +121,7 @@ class ImageEngine(Batched):
         """Check that the model can work with the settings of a sample. Raises Failure if it cannot."""
         settings = image_settings(sample)
         pipelines.check_size(self.pipe.vae, settings)
+        check_interval(self.pipe.unet, settings)
         rehearse(settings.scheduler, make_scheduler(settings, self.repository_scheduler))
 
     def prompts_for(self, sample: Sample) -> Prompts:
@@ -156,7 +162,10 @@ class ImageEngine(Batched):
         settings = image_settings(batch[0])
         size = {"width": settings.width, "height": settings.height}
         end = {"denoising_end": self.refiner.start} if self.refiner else {}
-        latents: torch.Tensor = self.pipe(**self.prompts_for(batch[0]).arguments(batch), **more, **size, **end).images
+        with guided_within(self.pipe, settings):
+            latents: torch.Tensor = self.pipe(
+                **self.prompts_for(batch[0]).arguments(batch), **more, **size, **end
+            ).images
         return self.refiner.refined(latents, batch, more) if self.refiner else latents
 
     def output(self, sample: Sample, latent: torch.Tensor) -> Output:

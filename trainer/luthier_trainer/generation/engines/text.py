@@ -10,10 +10,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
@@ -26,11 +33,13 @@ from luthier_trainer.generation.batching import find_sharing
 from luthier_trainer.generation.constraints import Constrained, Constraints
 from luthier_trainer.generation.engines.base import batches
 from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.generation.offloading import offload_layers
 from luthier_trainer.generation.records import TextRecords, line_keys
 from luthier_trainer.generation.samples import Output, Sample, padded
 from luthier_trainer.generation.sampling import PENALTIES, Choice, Chosen, Ended, Heartbeat, chain_of
 from luthier_trainer.generation.slots import Slots, capacity_for
 from luthier_trainer.generation.texts import Text
+from luthier_trainer.methods import quantization
 from luthier_trainer.models.inspect import max_positions
 from luthier_trainer.models.merge import add_adapters
 from luthier_trainer.models.quantised_base import check_rows
@@ -71,13 +80,18 @@ class TextEngine:
         self.settings, self.batch_size, self.device = spec.text, batch_size, torch.device(hardware.device)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
         # Adapters are merged in fp32, and the result is rounded once. In bf16, each adapter would add a rounding error.
-        model = load_model(model_path, torch.float32 if adapters else hardware.dtype, self.device)
+        model = load_model(
+            model_path,
+            torch.float32 if adapters else hardware.dtype,
+            self.device,
+            spec.model.quantization and quantization.settings_for(spec.model.quantization.type, hardware.dtype),
+        )
         if self.device.type == "cpu":
             check_rows(model, "spec.model", "Use a GPU, or a model that is not quantised")
         if adapters and is_quantised(model):
             model = model.dequantize(torch.float32).float()
         model = add_adapters(model, adapters, [adapter.weight for adapter in spec.adapters], "spec.adapters")
-        self.model = (model if is_quantised(model) else model.to(self.device, hardware.dtype)).eval()
+        self.model = model.eval() if is_quantised(model) else place(model, spec.text, self.device, hardware.dtype)
         self.context = max_positions(model.config)
         ends = end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         if self.settings.chat:
@@ -222,12 +236,20 @@ class TextEngine:
         return Output(text.work, facts, text=text.text())
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def place(model: PreTrainedModel, settings: TextSettings, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model for evaluation, in `dtype`, on the device as far as `text.offload` puts it there."""
+    model = model.to(dtype).eval()
+    return offload_layers(model, device) if settings.offload == "layers" else model.to(device)
+
+
+def load_model(
+    path: Path, dtype: torch.dtype, device: torch.device, quantised: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """Load the causal language model in `path`. Code in the folder is never executed.
 
-    Weights in types of bitsandbytes keep their type and are loaded on `device`. Weights in FP8 are converted to
-    `dtype`, on all models of GPUs. Raises Failure if the folder holds no causal language model, or not all of its
-    weights.
+    `quantised`: how its linear layers are quantised while it is loaded. Weights in types of bitsandbytes keep their
+    type and are loaded on `device`. Weights in FP8 are converted to `dtype`, on all models of GPUs. Raises Failure if
+    the folder holds no causal language model, or not all of its weights.
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -236,7 +258,11 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
             # On GPUs with FP8, weights would otherwise stay in it, and a later conversion of their dtype would ignore
             # their scales.
             config.quantization_config = quantisation | {"dequantize": True}
-        placed = {"device_map": {"": device}} if quantisation.get("quant_method") == "bitsandbytes" else {}
+        placed: dict[str, Any] = {}
+        if quantised or quantisation.get("quant_method") == "bitsandbytes":
+            placed["device_map"] = {"": device}
+        if quantised:
+            placed["quantization_config"] = quantised
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
