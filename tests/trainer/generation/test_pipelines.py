@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from hub.server import Running
 from safetensors.torch import load_file, save_file
 from trainer.generating import generate_run
@@ -206,3 +207,12 @@ def test_plain_weights_come_before_a_variant(sdxl: Path, tmp_path: Path) -> None
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl)
     assert read_prepared(run).plan.parameters == sum(getattr(pipe, name).num_parameters() for name in MODELS)
     assert variant(tmp_path / "model" / "unet", "spec.model") is None
+
+
+@pytest.mark.parametrize(("channels", "refused"), [(4, False), (8, True), (9, True)])
+def test_a_unet_that_reads_more_than_a_latent(channels: int, refused: bool) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(in_channels=channels, block_out_channels=(32, 32, 32, 32))
+        vae = AutoencoderKL(latent_channels=4)
+    with pytest.raises(Failure, match=f"its UNet reads {channels} channels") if refused else nullcontext():
+        pipelines.check_channels(unet, vae, "spec.model")

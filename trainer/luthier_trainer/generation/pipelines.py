@@ -42,6 +42,7 @@ def check(
     models = pipelines.skeletons(path, index, field)
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
+    check_channels(models["unet"], models["vae"], field)
     check_size(models["vae"], spec.image)
     check_interval(models["unet"], spec.image)
     if spec.image.strength is not None:
@@ -105,6 +106,17 @@ def check_refiner(path: Path, base: Path, image: ImageSettings) -> int:
             " start, or set more image.steps",
         )
     return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+
+
+def check_channels(unet: Any, vae: Any, field: str) -> None:
+    """Check that the UNet reads a latent and nothing beside it. Raises Failure if not."""
+    read, made = unet.config.in_channels, vae.config.latent_channels
+    if read != made:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: its UNet reads {read} channels, and a latent of its VAE has {made}. Models that read a mask or"
+            " another image beside it (inpainting, InstructPix2Pix) are not supported; choose one without",
+        )
 
 
 def check_size(vae: Any, settings: ImageSettings) -> None:
