@@ -188,7 +188,7 @@ class LocalJob:
         return env
 
 
-ROW_FILES = ("image", "initImage", "mask")  # fields of an inline row that name a file
+ROW_FILES = ("image", "initImage", "mask", "audio")  # fields of an inline row that name a file
 
 
 def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:

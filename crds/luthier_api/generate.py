@@ -36,6 +36,7 @@ from luthier_api.spec import (
     exactly_one,
     train_alone,
 )
+from luthier_api.speech import Language, SpeechTask
 from luthier_api.stores import Stores
 from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 
@@ -170,6 +171,25 @@ class ZeroShotSettings(OneOutput):
             "zeroShot.threshold: a text has one label, that with the highest score; set zeroShot.multiLabel",
         ),
     )
+
+
+class TranscribeSettings(OneOutput):
+    """How what is said is written down."""
+
+    language: Language | None = None
+    """Code of the language that is spoken, such as en. Left out: that of the model's generation_config.json, or else
+    the model tells it of each file. The output says which. Models of one language have none.
+    """
+    task: SpeechTask | None = None
+    """What models of several languages write: the language that is spoken, or English. Left out: as the model's
+    generation_config.json says, or else the language that is spoken.
+    """
+    num_beams: Annotated[int, Field(ge=1, le=16)] = 1
+    """1: the likeliest token at each step. More: a search with that many beams."""
+    long_audio: Literal["windows", "refuse"] = "windows"
+    """Audio that is longer than the model hears at once (Whisper 30 s). windows: it is written down window after
+    window, by timestamps of the model. refuse: its row is an error.
+    """
 
 
 class MaskSettings(OneOutput):
@@ -446,7 +466,19 @@ ROWS_SIZE = 65536
 """Characters of the texts of all rows in a manifest. The operator and etcd hold every job whole. Not bytes: the API
 server counts what it costs to convert each text at its longest, and refuses the CRD.
 """
-TEXTS = ("prompt", "negativePrompt", "tools", "text", "question", "context", "image", "initImage", "mask", "reference")
+TEXTS = (
+    "prompt",
+    "negativePrompt",
+    "tools",
+    "text",
+    "question",
+    "context",
+    "image",
+    "initImage",
+    "mask",
+    "audio",
+    "reference",
+)
 """Fields of a row that hold a text, or a path."""
 
 
@@ -484,6 +516,8 @@ class Row(ApiModel):
     """The image that is changed: the path of a file inside the pods. It is scaled to image.width and image.height."""
     mask: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
     """Where the image is changed: white in another one, likewise. Left out: everywhere."""
+    audio: Annotated[str | None, Field(min_length=1, max_length=1024), For("task")] = None
+    """The audio that the model hears: the path of a file inside the pods."""
     reference: Annotated[str | None, Field(min_length=1, max_length=8192), For("task")] = None
     """What the output should be: the text, the label, the answer, or the tags of the words (B-PER O O). From the
     outputs that have one the metrics of the job are computed.
@@ -520,6 +554,10 @@ class InputColumns(ApiModel):
     mask: Annotated[ShortText, For("task")] = by_table()
     """Where the image is changed: white in another one. Used where there is such a column; a name other than the
     default must exist.
+    """
+    audio: Annotated[ShortText, For("task")] = by_table()
+    """The audio that the model hears: WAV, FLAC or MP3 files, or paths of them inside the pods, which may be relative
+    to the folder of the file that names them. Text files hold a path a line and need no name here.
     """
     negative_prompt: Annotated[ShortText, For("task")] = by_table()
     """What the image should not show. Used where there is such a column; a name other than the default must exist."""
@@ -783,8 +821,9 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """What the model makes of each row: scores of labels (text-classification, zero-shot-classification,
     image-classification), entities (token-classification), an answer (question-answering), what fits a mask
     (fill-mask), a vector (feature-extraction), another text (summarization, translation, text2text-generation), a text
-    of an image (image-to-text), the continuation of a prompt (text-generation), or an image, of a text or
-    of another one (text-to-image and image-to-image, with Stable Diffusion).
+    of an image (image-to-text), what is said in audio (automatic-speech-recognition), the continuation of a prompt
+    (text-generation), or an image, of a text or of another one (text-to-image and image-to-image, with Stable
+    Diffusion).
     """
     model: Annotated[ModelSource, RESULT]
     adapters: Annotated[list[Adapter], Field(max_length=8), RESULT] = Field(default_factory=list)
@@ -809,6 +848,8 @@ class GenerateJobSpec(JobControl, TabledSpec):
     """What is written of the tokens that fit a mask."""
     embedding: Annotated[EmbeddingSettings, For("task"), RESULT] = by_table()
     """How the hidden states of a text become one vector."""
+    transcribe: Annotated[TranscribeSettings, For("task"), RESULT] = by_table()
+    """How what is said is written down."""
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], RESULT] = "auto"
     """Precision of weights and computation. auto: bf16 on a GPU that has it, fp16 on one before Ampere, fp32 on CPU."""
     batch_size: Annotated[int, Field(ge=1, le=4096), RESULT] = 4

@@ -58,6 +58,7 @@ GenerateTask = Literal[
     "text2text-generation",
     "image-to-text",
     "image-to-image",
+    "automatic-speech-recognition",
 ]
 """The rows of `TASKS` that have a generation half."""
 BestMetric = Literal[
@@ -158,6 +159,8 @@ TEMPLATES = ("inputs.template", "inputs.rows[].fields")
 """Fields that write prompts. They belong to the tasks whose rows have one."""
 IMAGES = ("image", "initImage", "mask")
 """Roles whose cells are images: a row of `inputs.rows` has the path of a file there."""
+AUDIO = ("audio",)
+"""Roles whose cells are audio files, likewise."""
 SEED = "seed"
 """Role of the seed of a row, and the field of the seed of a job."""
 TOOLS = "tools"
@@ -793,6 +796,18 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={"negativePrompt": "negative_prompt", "mask": "mask", SEED: "seed"},
             settings="image",
             options={"adapters[].file": None, "image.strength": 0.8, "hub.contactSheet": None},
+        ),
+    ),
+    "automatic-speech-recognition": TaskInfo(
+        modality="speech",
+        pipeline_tag="automatic-speech-recognition",
+        auto_model="SpeechSeq2Seq",
+        generation=GenerationTask(
+            columns={"audio": "audio"},
+            optional_columns={},
+            settings="transcribe",
+            options=RESULT_OPTIONS,
+            metrics=SPEECH_METRICS,
         ),
     ),
 }

@@ -181,6 +181,7 @@ SUMMARIES = CLASSIFY | {"spec.task": "summarization"}
 ENTITIES = CLASSIFY | {"spec.task": "token-classification"}
 ZERO_SHOT = CLASSIFY | {"spec.task": "zero-shot-classification", "spec.zeroShot": {"labels": ["a", "b"]}}
 LOOK = {"spec.task": "image-classification", "spec.inputs.rows": [{"image": "/data/lute.png"}]}
+HEAR = {"spec.task": "automatic-speech-recognition", "spec.inputs.rows": [{"audio": "/data/lute.wav"}]}
 CHANGE = {
     "spec.task": "image-to-image",
     "spec.inputs.rows": [{"prompt": "a lute", "initImage": "/data/lute.png", "mask": "/data/mask.png"}],
@@ -199,6 +200,7 @@ BLOCKS = {
     "zeroShot": ZERO_SHOT,
     "mask": CLASSIFY | {"spec.task": "fill-mask"},
     "embedding": CLASSIFY | {"spec.task": "feature-extraction"},
+    "transcribe": HEAR,
 }
 """Block of the spec → the manifest of its task."""
 
@@ -2323,6 +2325,7 @@ CASES: list[Case] = [
             ("image", LOOK),
             ("initImage", CHANGE),
             ("mask", CHANGE),
+            ("audio", HEAR),
         )
     ),
     *(
@@ -2340,6 +2343,7 @@ CASES: list[Case] = [
             ("image", LOOK, {}),
             ("initImage", CHANGE, {}),
             ("mask", CHANGE, {}),
+            ("audio", HEAR, {}),
             ("seed", {"spec.task": "text-generation"}, {"spec.task": "fill-mask"}),
         )
     ),
@@ -2737,6 +2741,13 @@ WRITTEN: list[Written] = [
         change=lambda t: SPEECH | {"spec.speech.language": t},
         refused=("", "Eng", "EN", "e"),
         accepted=("en", "yue"),
+    ),
+    Written(
+        field="spec.transcribe.language",
+        change=lambda t: HEAR | {"spec.transcribe": {"language": t}},
+        refused=("", "Eng", "EN", "e"),
+        accepted=("en", "yue"),
+        base=GENERATE,
     ),
     Written("spec.model.path", lambda t: {"spec.model": {"path": t}}, *PATHS),
     Written("spec.adapters[].path", lambda t: {"spec.adapters": [{"path": t}]}, *PATHS, GENERATE),

@@ -441,7 +441,10 @@ def test_every_path_of_the_api_is_known() -> None:
             "model": {"path": "/m"},
             "adapters": [{"path": "/a"}],
             "image": {"refiner": {"path": "/r"}},
-            "inputs": {"dataset": {"files": ["/a"]}, "rows": [{"image": "/i", "initImage": "/j", "mask": "/k"}]},
+            "inputs": {
+                "dataset": {"files": ["/a"]},
+                "rows": [{"image": "/i", "initImage": "/j", "mask": "/k", "audio": "/l"}],
+            },
         },
     }
     for kind, info in KINDS.items():

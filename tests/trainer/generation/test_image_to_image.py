@@ -20,7 +20,7 @@ from trainer.small_sdxl import write_small_sd
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.pictures import Pictures
-from luthier_trainer.prepare.generation_images import report_distorted
+from luthier_trainer.prepare.generation_files import report_distorted
 from luthier_trainer.prepare.main import main as prepare
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jiwer
 import numpy
 import pytest
 from sacrebleu import corpus_bleu
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 from sklearn.preprocessing import MultiLabelBinarizer
 from trainer.generating import TEXT, generate_run, generate_shards, result_lines
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from luthier_api.tasks import GENERATION_TASKS, GenerateTask
 from luthier_api.workspace import WorkspaceFolder
@@ -154,6 +156,12 @@ class Case:
     expect: Callable[[Made], dict[str, float]]
 
 
+def of_speech(made: Made) -> dict[str, float]:
+    plain = BasicTextNormalizer()
+    given, wanted = ([" ".join(plain(pair[i]).split()) for pair in made] for i in range(2))
+    return {"wer": jiwer.wer(wanted, given), "cer": jiwer.cer(wanted, given)}
+
+
 CASES = [
     Case(
         name="texts",
@@ -162,6 +170,14 @@ CASES = [
         values=lambda given: {"output": given},
         stored=str,
         expect=of_texts,
+    ),
+    Case(
+        name="what was said",
+        task="automatic-speech-recognition",
+        made=PAIRS,
+        values=lambda given: {"output": given},
+        stored=str,
+        expect=of_speech,
     ),
     Case(
         name="one label each",

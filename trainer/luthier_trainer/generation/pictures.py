@@ -1,13 +1,14 @@
-"""The images that rows of the inputs hold: each file once in the workspace, by the SHA-256 of its content.
+"""The images and the audio that rows of the inputs hold: each file once in the workspace, by the SHA-256 of its
+content.
 
-`prepare` reads and stores them, and a row names them by that digest. So an output depends on the content of an image,
-and neither on its name nor on what becomes of the file afterwards.
+`prepare` reads and stores them, and a row names them by that digest. So an output depends on the content of a file, and
+neither on its name nor on what becomes of it afterwards.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.records import digest
@@ -20,11 +21,14 @@ ORIENTATION = 0x0112  # tag of Exif
 SIDEWAYS = range(5, 9)  # its values for images that are turned by 90 degrees
 
 
-class Pictures:
-    """The image files of a job."""
+class InputFiles:
+    """The files of one kind that the rows of a job hold."""
+
+    name: ClassVar[str]
+    """Of their folder in what `prepare` leaves."""
 
     def __init__(self, folder: WorkspaceFolder) -> None:
-        self.folder = folder.prepared / "images"
+        self.folder = folder.prepared / self.name
 
     def path(self, name: str) -> Path:
         """Return the path of the file with the SHA-256 `name`."""
@@ -38,6 +42,22 @@ class Pictures:
             path.parent.mkdir(parents=True, exist_ok=True)
             place_file(path, content)
         return name
+
+
+class Recordings(InputFiles):
+    """The audio files of a job."""
+
+    name = "audio"
+
+    def content(self, name: str) -> bytes:
+        """Return the file with the SHA-256 `name`."""
+        return self.path(name).read_bytes()
+
+
+class Pictures(InputFiles):
+    """The image files of a job."""
+
+    name = "images"
 
     def opened(self, name: str, mode: str = "RGB") -> PIL.Image.Image:
         """Return an image upright, in a mode of Pillow."""

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 from luthier_api.generate import Settings
 from luthier_api.tasks import REFERENCE
 
+Item = TypeVar("Item")
 SEEDS = 2**32  # seeds have 32 bits, as in the API, so that the seed of an output can be used as the seed of a row
 
 
@@ -113,8 +114,8 @@ def derive_seed(job_seed: int, *identity: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
 
 
-def padded(samples: Sequence[Sample], size: int) -> list[Sample]:
-    """Return exactly `size` samples, filled up with repeated ones.
+def padded(samples: Sequence[Item], size: int) -> list[Item]:
+    """Return exactly `size` samples, or what is made of samples, filled up with repeated ones.
 
     Libraries choose kernels by shape, so an output has the same bits in every batch only if all batches have one size.
     """

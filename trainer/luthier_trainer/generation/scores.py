@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier_api.tasks import REFERENCE, GenerateTask
-from luthier_trainer.scoring import labels, spans, texts
+from luthier_trainer.scoring import labels, spans, speech, texts
 from luthier_trainer.scoring.answers import exact_and_f1
 from luthier_trainer.scoring.sums import Numbers, Sums, below
 
@@ -57,6 +57,17 @@ def written(output: str) -> Scorer:
         return texts.figures([float(sums[f"{i:02d}"]) for i in range(texts.SIZE)], rows)
 
     return Scorer(numbers, figures)
+
+
+def speech_numbers(line: Line) -> Numbers:
+    """Return the numbers of what was said, after Whisper's normaliser for all languages."""
+    found = speech.numbers(line["output"], line[REFERENCE], "basic")
+    return {f"{i:02d}": number for i, number in enumerate(found)}
+
+
+def speech_figures(sums: Sums, rows: int) -> dict[str, float]:
+    """Return the error rates of what was said."""
+    return speech.figures([float(sums[f"{i:02d}"]) for i in range(speech.SIZE)])
 
 
 def label_numbers(line: Line) -> Numbers:
@@ -117,6 +128,7 @@ COUNTED = ("found", "answered", "wanted")
 """What `spans.counted` counts of each type."""
 SCORERS: Mapping[GenerateTask, Scorer] = {
     "text-generation": written("text"),
+    "automatic-speech-recognition": Scorer(speech_numbers, speech_figures),
     "summarization": written("output"),
     "translation": written("output"),
     "text2text-generation": written("output"),

@@ -21,7 +21,7 @@ from luthier_trainer.generation.rows import Line
 from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import generation_images, image_plan, references
+from luthier_trainer.prepare import generation_files, image_plan, references
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
@@ -78,7 +78,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     target = folder.prepared / "rows.jsonl"
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
-    generation_images.report_distorted(run, rows)
+    generation_files.report_distorted(run, rows)
     size = target.stat().st_size
     needed = space.outputs_bytes(spec, written.outputs, size * written.outputs // max(written.rows, 1))
     space.check_outputs(needed, written.outputs, folder.root)
@@ -309,9 +309,19 @@ def save_image_processor(
     engine.prepare(spec, config, source, field, folder)
 
 
+def save_speech_processor(
+    source: Path, spec: GenerateJobSpec, config: PreTrainedConfig, field: str, folder: WorkspaceFolder
+) -> None:
+    """Save the processor in `source`. Raises Failure if the model does not suit the job."""
+    from luthier_trainer.generation.engines.speech import SpeechEngine  # imports torch
+
+    SpeechEngine.prepare(spec, config, source, field, folder)
+
+
 SAVED_PROCESSORS: Mapping[Modality, Callable[[Path, GenerateJobSpec, PreTrainedConfig, str, WorkspaceFolder], None]] = {
     "text": save_tokenizer,
     "image": save_image_processor,
+    "speech": save_speech_processor,
 }
 """What rows hold → the function that saves what turns them into inputs of a model of transformers."""
 

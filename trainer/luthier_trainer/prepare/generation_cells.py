@@ -6,19 +6,16 @@ A row that cannot be read has the reason under `error`, and what could be read o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import GenerateRun
-from luthier_api.tasks import GENERATION_TASKS, IMAGES, REFERENCE, TOOLS, generation_tasks
-from luthier_api.workspace import WorkspaceFolder
+from luthier_api.tasks import GENERATION_TASKS, REFERENCE, TOOLS, generation_tasks
 from luthier_trainer.data import chats, columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.generation.overrides import read_overrides
-from luthier_trainer.generation.pictures import Pictures
 from luthier_trainer.generation.rows import Line
-from luthier_trainer.prepare import carried_columns, generation_images, other_job, references, sweeps
+from luthier_trainer.prepare import carried_columns, generation_files, other_job, references, sweeps
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.sweeps import Template
 from luthier_trainer.runtime.failure import Failure
@@ -74,21 +71,20 @@ def inline(run: GenerateRun) -> Iterator[Line]:
             line["prompt"] = [{"role": "user", "content": line["prompt"]}]
         if row.fields:
             line["input"] = dict(row.fields)
-        read_images(line, run)
+        read_files(line, run)
         if overrides := given.get("overrides", {}).get(task.settings):
             line["settings"] = overrides
         yield line
 
 
-def read_images(line: Line, run: GenerateRun) -> None:
-    """Put the SHA-256 of each image of a row that is written in the spec in place of its path, or the error."""
-    pictures = Pictures(WorkspaceFolder(Path(run.workspace)))
-    for role in [role for role in IMAGES if role in line]:
+def read_files(line: Line, run: GenerateRun) -> None:
+    """Put the SHA-256 of each file of a row that is written in the spec in place of its path, or the error."""
+    for role in [role for role in generation_files.KINDS if role in line]:
         name = line.pop(role)
         line["input"] = {**line.get("input", {}), role: name}
         try:
-            line[role] = generation_images.kept(name, pictures, folder=None)
-        except generation_images.BadImage as problem:
+            line[role] = generation_files.kept(role, name, run, folder=None)
+        except generation_files.BadFile as problem:
             line["error"] = f"{role}: {problem}"
 
 
@@ -128,8 +124,8 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
     roles = {role: column for role, column in roles.items() if is_there(rows, role, column, task.optional_columns)}
     compared = roles.pop(REFERENCE, None)
     cell_of_reference = carried_columns.reader(rows, compared, references.FIELD) if compared else None
-    images = {role: column for role, column in roles.items() if role in IMAGES}
-    rows = generation_images.encoded(rows, images)
+    files = {role: column for role, column in roles.items() if role in generation_files.KINDS}
+    rows = generation_files.encoded(rows, files)
     read = {role: reader_of(rows, run, role, column) for role, column in roles.items()}
     taken = [*roles.values(), *overridden.values(), *([compared] if compared else [])]
     others = carried_columns.columns(rows, names.carry, taken, f"{INPUTS}.columns.carry")
@@ -145,18 +141,18 @@ def cells(rows: Rows, run: GenerateRun) -> Iterator[Line]:
         for role, column in roles.items():
             try:
                 value = read[role](row[column])
-            except (BadRow, generation_images.BadImage) as problem:
+            except (BadRow, generation_files.BadFile) as problem:
                 problems.append(f"{role}: {problem}")
-                value = None if role in (*ABOUT_THE_ROW, TOOLS, *IMAGES) else plain_text(row[column])
+                value = None if role in (*ABOUT_THE_ROW, TOOLS, *files) else plain_text(row[column])
             if value is not None:
                 line[role] = value
-        written = [role for role, column in images.items() if outcome and column == other_job.FILE_NAME]
+        written = [role for role, column in files.items() if outcome and column == other_job.FILE_NAME]
         if not problems and any(line[role] != row[DIGEST] for role in written):
             problems.append(f"the image is not as {run.spec.inputs.job} has written it")
         carried = {name: carried_columns.plain(row[name], others[name]) for name in others}
-        names_of_images = {column: generation_images.name_of(row[column]) for column in images.values()}
-        files = {column: file for column, file in names_of_images.items() if file}
-        if more := {**next(lines, {}), **files, **carried}:
+        found = {column: generation_files.name_of(row[column]) for column in files.values()}
+        paths = {column: path for column, path in found.items() if path}
+        if more := {**next(lines, {}), **paths, **carried}:
             line["input"] = more
         if template:
             line[TEXTS] = {name: plain_text(row[name]) for name in texts if row[name] not in (None, "")}
@@ -212,9 +208,9 @@ def reader_of(rows: Rows, run: GenerateRun, role: str, column: str) -> Callable[
         return whole_seed
     if role == "id":
         return identifier
-    if role in IMAGES:
+    if role in generation_files.KINDS:
         optional = role in GENERATION_TASKS[run.spec.task].optional_columns
-        return generation_images.reader(rows, run, column, f"{INPUTS}.columns.{role}", optional)
+        return generation_files.reader(rows, run, role, column, f"{INPUTS}.columns.{role}", optional)
     if role == "prompt" and is_chat(run):
         nested = chats.is_nested(rows, column)
         return lambda value: messages(value, nested)

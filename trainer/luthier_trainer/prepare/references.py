@@ -135,6 +135,7 @@ def entity(value: Any, given: str) -> dict[str, Any]:
 
 READERS: Mapping[GenerateTask, Callable[[Any, Line], Any]] = {
     "text-generation": text,
+    "automatic-speech-recognition": text,
     "summarization": text,
     "translation": text,
     "text2text-generation": text,

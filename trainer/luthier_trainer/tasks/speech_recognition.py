@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.generate import TranscribeSettings
 from luthier_api.speech import Speech
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_trainer.data import columns, full_lengths, tokens
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from luthier_trainer.models.memory import Trial
 
 TEXT = "spec.dataset.columns.text"
-LANGUAGE = "spec.speech.language"
-TASK = "spec.speech.task"
 REFERENCE = "reference"  # a column of held-out rows: the text as it was written
 TARGET_IDS = "target_ids"
 
@@ -59,7 +58,7 @@ class SpeechRecognition(LabelledBatches, AudioTask):
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
         """Check that the model writes texts as the spec asks. Raises Failure if it does not."""
-        checked(model.path, model.config, model.processor, spec.speech)
+        checked(model.path, model.config, model.processor, spec.speech, "speech", needs_language=True)
         longest, most = spec.training.max_length, model.config.max_target_positions
         if longest > most:
             raise Failure(
@@ -240,18 +239,27 @@ def asked_of(settings: Speech) -> dict[str, str]:
     return {} if settings.language is None else {"language": settings.language, "task": settings.task}
 
 
-def told(processor: Processor, settings: Speech) -> Processor:
+def told(processor: Processor, settings: Speech | TranscribeSettings) -> Processor:
     """Return the processor, whose tokenizer begins texts with the language and what is to be written."""
     if settings.language is not None:
-        processor.tokenizer.set_prefix_tokens(language=settings.language, task=settings.task)
+        processor.tokenizer.set_prefix_tokens(language=settings.language, task=settings.task or "transcribe")
     return processor
 
 
-def checked(path: Path, config: Any, processor: Processor, settings: Speech) -> None:
+def checked(
+    path: Path,
+    config: Any,
+    processor: Processor,
+    settings: Speech | TranscribeSettings,
+    block: str,
+    needs_language: bool = False,
+) -> None:
     """Check that a model writes texts in the language that the spec asks for. Raises Failure if it does not.
 
-    `path`: the folder of the model.
+    `path`: the folder of the model. `block`: of the spec, whose `settings` these are. `needs_language`: whether a model
+    of several languages has to be told which one is spoken.
     """
+    language, task = f"spec.{block}.language", f"spec.{block}.task"
     if config.model_type != "whisper":
         raise Failure(
             ExitCode.INVALID_SPEC,
@@ -259,35 +267,32 @@ def checked(path: Path, config: Any, processor: Processor, settings: Speech) -> 
             " Whisper model",
         )
     generation = generation_settings(path)
-    languages = sorted(name.strip("<|>") for name in getattr(generation, "lang_to_id", None) or ())
-    several = getattr(generation, "is_multilingual", bool(languages)) and bool(languages)
+    languages = languages_of(generation)
+    if not languages and settings.task == "translate":
+        raise Failure(ExitCode.INVALID_SPEC, f"{task}: the model knows one language and does not translate; remove it")
     if settings.language is None:
-        if several:
+        if languages and needs_language:
             raise Failure(
                 ExitCode.INVALID_SPEC,
-                f"{LANGUAGE}: the model knows {len(languages)} languages ({columns.some(languages)}); name the one that"
+                f"{language}: the model knows {len(languages)} languages ({columns.some(languages)}); name the one that"
                 " is spoken",
             )
-        if settings.task != "transcribe":
-            raise Failure(
-                ExitCode.INVALID_SPEC, f"{TASK}: the model knows one language and does not translate; remove it"
-            )
         return
-    if not several:
+    if not languages:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{LANGUAGE}: the model knows one language, or its generation_config.json names none (lang_to_id); remove"
+            f"{language}: the model knows one language, or its generation_config.json names none (lang_to_id); remove"
             " it, or copy that file beside the model",
         )
     if settings.language not in languages:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{LANGUAGE}: the model does not know {settings.language} (it knows: {', '.join(languages)})",
+            f"{language}: the model does not know {settings.language} (it knows: {', '.join(languages)})",
         )
     begins = [
         config.decoder_start_token_id,
         generation.lang_to_id[f"<|{settings.language}|>"],
-        generation.task_to_id[settings.task],
+        generation.task_to_id[settings.task or "transcribe"],
         generation.no_timestamps_token_id,
     ]
     if told(processor, settings).tokenizer.prefix_tokens != begins:
@@ -296,6 +301,12 @@ def checked(path: Path, config: Any, processor: Processor, settings: Speech) -> 
             f"{inspect.MODEL}: its tokenizer and its generation_config.json disagree on the tokens with which a text"
             " begins; copy the files that belong together",
         )
+
+
+def languages_of(generation: GenerationConfig) -> list[str]:
+    """Return the codes of the languages of a model, of which it has to be told one; none of a model of one language."""
+    codes = sorted(name.strip("<|>") for name in getattr(generation, "lang_to_id", None) or ())
+    return codes if getattr(generation, "is_multilingual", True) else []
 
 
 def generation_settings(path: Path) -> GenerationConfig:

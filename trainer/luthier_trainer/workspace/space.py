@@ -198,6 +198,7 @@ OUTPUTS: Mapping[str, Callable[[GenerateJobSpec, int, int], OutputBytes]] = {
     "answers": values_bytes(10 * 300),
     "zeroShot": values_bytes(100 * 60),
     "mask": values_bytes(50 * 80),
+    "transcribe": values_bytes(60_000),  # an hour of speech
     "embedding": values_bytes(4096 * 12),  # numbers in fp32 and their commas
 }
 """Block of the spec with the settings of a task → (spec, outputs, bytes of their lines) → what they take."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import ClassVar, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, Protocol, TypeVar
 
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.records import RecordForm
 from luthier_trainer.generation.samples import Output, Sample
+
+Made = TypeVar("Made")
 
 
 class Engine(Protocol):
@@ -63,6 +66,19 @@ class Batched(ABC):
         """Yield the outputs of all samples, a batch at a time."""
         for batch in batches(samples, self.group, self.batch_size):
             yield self.make(batch)
+
+
+def read_ahead(
+    parts: Sequence[list[Sample]], read: Callable[[list[Sample]], Made]
+) -> Iterator[tuple[list[Sample], Made]]:
+    """Yield each part with what `read` makes of it. The next part is read while the caller works on one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reading") as ahead:
+        coming = [ahead.submit(read, part) for part in parts[:1]]
+        for part, following in zip(parts, [*parts, None][1:], strict=True):
+            made = coming.pop().result()
+            if following is not None:
+                coming.append(ahead.submit(read, following))
+            yield part, made
 
 
 def batches(samples: Sequence[Sample], group: Callable[[Sample], Hashable], batch_size: int) -> Iterator[list[Sample]]:

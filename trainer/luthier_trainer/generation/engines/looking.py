@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.engines.base import batches
+from luthier_trainer.generation.engines.base import batches, read_ahead
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loading import load_with_adapters
 from luthier_trainer.generation.pictures import Pictures
@@ -87,13 +86,8 @@ class LookingEngine(ABC):
     def work(self, samples: Sequence[Sample]) -> Iterator[list[Output]]:
         """Yield the outputs of all samples, a batch at a time."""
         parts = list(batches(samples, self.group, self.batch_size))
-        with ThreadPoolExecutor(1, thread_name_prefix="images") as ahead:
-            coming = [ahead.submit(self.pixels, part) for part in parts[:1]]
-            for part, following in zip(parts, [*parts, None][1:], strict=True):
-                pixels = coming.pop().result()
-                if following is not None:
-                    coming.append(ahead.submit(self.pixels, following))
-                yield self.look(part, pixels.to(self.model.device, self.model.dtype))
+        for part, pixels in read_ahead(parts, self.pixels):
+            yield self.look(part, pixels.to(self.model.device, self.model.dtype))
 
     def pixels(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return what the model reads of images, filled up to a batch: [batch_size, channels, height, width]."""

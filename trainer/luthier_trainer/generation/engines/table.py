@@ -25,6 +25,7 @@ ENGINES: Mapping[GenerateTask, tuple[str, str]] = {
     "image-classification": ("luthier_trainer.generation.engines.image_classification", "ImageClassificationEngine"),
     "image-to-text": ("luthier_trainer.generation.engines.captions", "CaptionEngine"),
     "image-to-image": ("luthier_trainer.generation.engines.image_to_image", "ImageToImageEngine"),
+    "automatic-speech-recognition": ("luthier_trainer.generation.engines.speech", "SpeechEngine"),
     "text-to-image": ("luthier_trainer.generation.engines.images", "ImageEngine"),
 }
 """Task → module and name of the class."""
