@@ -18,6 +18,7 @@ from luthier_trainer.models import memory
 from luthier_trainer.models.memory import Setting
 from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.seq2seq import REFERENCE, TextScore
+from luthier_trainer.tasks.token_loss import TokenLoss
 from luthier_trainer.tasks.table import task_of
 from luthier_trainer.workspace import gpu_memory
 from trainer import measured_memory
@@ -75,7 +76,9 @@ def test_an_evaluation_with_texts_holds_what_is_predicted(case: Case, tmp_path: 
     setting = Setting("cpu", None, padded=True)
     lines = memory.moments_beside(planned, trial, setting)["evaluating"]
 
-    model = with_method(AutoModelForSeq2SeqLM.from_config(config), spec.method, "SEQ_2_SEQ_LM", [], deepspeed=False)
+    base = AutoModelForSeq2SeqLM.from_config(config)
+    TokenLoss(base, chunked=True, shifted=False)
+    model = with_method(base, spec.method, "SEQ_2_SEQ_LM", [], deepspeed=False)
     model.eval().generation_config.eos_token_id = None  # each text is as long as the longest
     tokenizer: Any = SimpleNamespace(batch_decode=lambda ids, **_: ["text"] * len(ids))
     trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), model=model)
@@ -85,7 +88,7 @@ def test_an_evaluation_with_texts_holds_what_is_predicted(case: Case, tmp_path: 
     def evaluate() -> None:
         ids, labels = torch.randint(3, WORDS, (ROWS, SOURCE)), torch.randint(3, WORDS, (ROWS, TEXT))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": labels.clone()}
-        outputs = model(**batch, use_cache=False)  # as the trainer has it
+        outputs = model(**batch, labels=labels, use_cache=False)  # as the trainer has it
         score.rows(outputs, batch | {"labels": labels, REFERENCE: ["text"] * ROWS}, trainer)
 
     peak = measured_memory.peak_of(evaluate)

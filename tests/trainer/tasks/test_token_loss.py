@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainer.architectures import VOCABULARY, tiny_config, tiny_model_of
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from luthier_trainer.tasks.batches import IGNORED
 from luthier_trainer.tasks.token_loss import TokenLoss, why_whole
@@ -224,3 +224,100 @@ def test_prepare_tries_a_small_model(kind: Kind) -> None:
     why = why_whole(tiny_config(kind.model_type))
     assert (why is None) == (kind.why is None)
     assert kind.why is None or kind.why in (why or "")
+
+
+T5: Options = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+BART: Options = {
+    "d_model": 32,
+    **{f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 64))},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
+BERT: Options = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class PlaceCase:
+    """Each logit is for the label at its own place."""
+
+    model_type: str
+    config: Options
+    task: str = "masked-lm"
+    smoothing: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type}, smoothed" if self.smoothing else self.model_type
+
+
+PLACES = [
+    PlaceCase("t5", T5, "seq2seq"),
+    PlaceCase("mt5", T5, "seq2seq", smoothing=0.2),
+    PlaceCase("bart", BART, "seq2seq"),
+    PlaceCase("marian", BART | {"pad_token_id": 1}, "seq2seq", smoothing=0.1),
+    PlaceCase("m2m_100", BART, "seq2seq"),
+    PlaceCase("bert", BERT),
+    PlaceCase("roberta", BERT),
+    PlaceCase("distilbert", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.0}),
+    PlaceCase("albert", BERT | {"embedding_size": 32}),
+    PlaceCase("modernbert", {name: BERT[name] for name in (*BERT,)[:4]} | {"pad_token_id": 0}),
+]
+
+
+def placed(case: PlaceCase) -> tuple[Any, Options]:
+    """(a model with the same weights each time and without dropout, a batch)"""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.model_type, vocab_size=VOCABULARY, **case.config)
+    kind: Any = AutoModelForMaskedLM if case.task == "masked-lm" else AutoModelForSeq2SeqLM
+    model = kind.from_config(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("final_logits_bias"):
+            torch.nn.init.normal_(buffer)
+    batch = batch_of(CASES[0])
+    batch.pop("use_cache")
+    if case.task == "seq2seq":
+        batch |= {"decoder_input_ids": batch["input_ids"].flip(1), "use_cache": False}
+    return model, batch
+
+
+@pytest.mark.parametrize("case", PLACES, ids=lambda case: case.name)
+def test_labels_at_their_own_places(case: PlaceCase) -> None:
+    model, batch = placed(case)
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    labels = batch.pop("labels")
+    learnt = labels != IGNORED
+    labels = torch.where(learnt & (torch.arange(LENGTH) % 3 == 0), logits.argmax(dim=-1), labels)  # which are right
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none", label_smoothing=case.smoothing)
+    (losses.sum() / ITEMS).backward()
+    of_weights = gradients(model)
+    bare = cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(dim=1)
+    right = ((logits.argmax(dim=-1) == labels) & learnt).sum(dim=1)
+
+    model, _ = placed(case)
+    loss = TokenLoss(model, True, epsilon=case.smoothing, tokens=CHUNK, shifted=False, counts_right=True)
+    with sizes() as made:
+        outputs = model(**batch, labels=labels, num_items_in_batch=torch.tensor(ITEMS))
+        outputs.loss.backward()
+        with torch.no_grad():
+            measured = model(**batch, labels=labels).logits
+    assert (loss.computed_for, max(made()) <= CHUNK) == ([], True)
+    assert outputs.loss.item() == pytest.approx(losses.sum().item() / ITEMS, rel=1e-6)
+    assert outputs.logits is None
+    found = gradients(model)
+    assert found.keys() == of_weights.keys()
+    scale = float(max(gradient.abs().max() for gradient in of_weights.values()))
+    for name, gradient in of_weights.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=2e-6 * scale)
+    assert right.min() >= 5
+    expect = torch.stack([bare.double(), learnt.sum(dim=1).double(), right.double()], dim=1)
+    torch.testing.assert_close(measured, expect, rtol=1e-6, atol=0)
+    assert why_whole(model.config, case.task) is None

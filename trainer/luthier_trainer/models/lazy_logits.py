@@ -77,6 +77,11 @@ class LazyLogits:
 
     __rmul__ = __mul__
 
+    def __add__(self, other: Any) -> Any:
+        return torch.add(self, other)
+
+    __radd__ = __add__
+
     def __truediv__(self, other: Any) -> Any:
         return torch.div(self, other)
 
@@ -89,6 +94,14 @@ class LazyLogits:
             raise AttributeError(name)
         return getattr(self.tensor(name), name)
 
+    def _is_bias(self, other: Any) -> bool:
+        """Whether `other` is one number for each token of the vocabulary, which does not learn (BART's)."""
+        return (
+            isinstance(other, torch.Tensor)
+            and other.numel() == other.shape[-1] == self.head.vocabulary
+            and not other.requires_grad
+        )
+
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, args: Any = (), options: Any = None) -> Any:
         """Called by torch for its functions that get such an object."""
@@ -96,6 +109,8 @@ class LazyLogits:
         numbers = all(isinstance(other, int | float) for other in others)
         if function in ELEMENTWISE and isinstance(first, LazyLogits) and numbers and not options:
             return first.then(lambda logits: function(logits, *others))
+        if function is torch.add and isinstance(first, LazyLogits) and not options and first._is_bias(others[0]):
+            return first.then(lambda logits: logits + others[0].flatten())
         args, options = tree_map_only(
             LazyLogits, lambda logits: logits.tensor(function.__name__), (tuple(args), options or {})
         )

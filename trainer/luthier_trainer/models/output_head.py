@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from luthier_trainer.models.chunked_loss import LinearHead, ModuleHead, Sum, cross_entropy
+from luthier_trainer.models.chunked_loss import LinearHead, ModuleHead, Operation, Sum, cross_entropy
 from luthier_trainer.models.lazy_logits import LazyLogits
 
 
@@ -51,6 +52,31 @@ class OutputHead:
         forward, parameters = inner.forward, list(inner.parameters())
         what = Sum(lambda learns, *tensors: ModuleHead(forward, learns, tensors), **options)
         return cross_entropy(what, hidden, targets, parameters)
+
+    def best(self, hidden: torch.Tensor, operations: Sequence[Operation], tokens: int) -> torch.Tensor:
+        """Return the index of the largest logit, int64 [tokens], of hidden states [tokens, width].
+
+        `operations`: what the model does with its logits. `tokens`: whose logits exist at once.
+        """
+
+        def of_parts(logits: Operation) -> torch.Tensor:
+            found = []
+            for part in hidden.split(tokens):
+                made = logits(part)
+                for operation in operations:
+                    made = operation(made)
+                found.append(made.argmax(dim=-1))
+            return torch.cat(found)
+
+        if not self.is_linear:
+            return of_parts(self.module)
+        # One call of the module for all parts: DeepSpeed gathers its weights in each, as often in all processes.
+        inner = self._inner
+        with _another_forward(
+            inner, lambda _: of_parts(lambda part: functional.linear(part, inner.weight, inner.bias))
+        ):
+            best: torch.Tensor = inner(hidden)
+        return best
 
     def _linear(
         self, hidden: torch.Tensor, targets: torch.Tensor, options: dict[str, Any], *tensors: torch.Tensor

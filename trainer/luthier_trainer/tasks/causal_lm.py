@@ -139,15 +139,10 @@ class CausalLM(LabelledBatches, TextTask):
         super().check_encoded(data, model, labels)
 
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
-        from luthier_trainer.models.chunked_loss import chunk_tokens
-        from luthier_trainer.tasks.token_loss import TokenLoss
+        from luthier_trainer.tasks import token_loss
 
         made = token_trial(model, self.task, spec, rows, labels_of_tokens=True)
-        chunked = self.whole_logits(model) is None
-        device = "cuda" if spec.resources.gpus_per_node else "cpu"
-        tokens = chunk_tokens(made.model.config.get_text_config().vocab_size, device)
-        TokenLoss(made.model, chunked, spec.training.label_smoothing, tokens)
-        return replace(made, loss_tokens=tokens if chunked else 0)
+        return token_loss.planned(made, spec, self.whole_logits(model))
 
     def whole_logits(self, model: Model) -> str | None:
         from luthier_trainer.tasks import token_loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
@@ -110,9 +110,15 @@ class MaskedLM(LabelledBatches, TextTask):
         return {"text": (row["input_ids"], [0] * len(row["input_ids"]))}
 
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
-        from luthier_trainer.tasks.measured import label_loss
+        from luthier_trainer.tasks import token_loss
 
-        return replace(token_trial(model, self.task, spec, rows, labels_of_tokens=True), loss=label_loss)
+        made = token_trial(model, self.task, spec, rows, labels_of_tokens=True)
+        return token_loss.planned(made, spec, self.whole_logits(model), shifted=False)
+
+    def whole_logits(self, model: Model) -> str | None:
+        from luthier_trainer.tasks import token_loss
+
+        return token_loss.why_whole(model.config, self.task)
 
     # ---- training
 
@@ -125,12 +131,15 @@ class MaskedLM(LabelledBatches, TextTask):
         return LoadedModel(AutoModelForMaskedLM.from_pretrained(context.model_path, **context.weights))
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
-        from luthier_trainer.tasks.measured import MeasuringTrainer, label_loss
+        from luthier_trainer.tasks.measured import MeasuringTrainer
+        from luthier_trainer.tasks.token_loss import TokenLoss
 
         tokenizer, spec = context.processor, context.spec
+        loss = TokenLoss(model, not context.whole_logits, shifted=False, counts_right=True)
         masker = Masker(spec.masking, tokenizer.mask_token_id, len(tokenizer), spec.training.seed)
-        options = {"score": MaskScore(), "loss": label_loss}
-        return TrainerSetup(MeasuringTrainer, TextCollator(tokenizer.pad_token_id), options, drawn=masker)
+        options = {"score": MaskScore(), "loss": None}
+        collator = TextCollator(tokenizer.pad_token_id)
+        return TrainerSetup(MeasuringTrainer, collator, options, loss.described, drawn=masker)
 
 
 class TextCollator:
@@ -216,12 +225,8 @@ class MaskScore:
     beside = ()
 
     def rows(self, outputs: Any, batch: Batch, trainer: Trainer) -> torch.Tensor:
-        import torch
-
-        from luthier_trainer.tasks.measured import token_losses
-
-        right = (outputs["logits"].argmax(dim=-1) == batch["labels"]).sum(dim=1)
-        return torch.cat([token_losses(outputs["logits"], batch["labels"]), right.double()[:, None]], dim=1)
+        sums: torch.Tensor = outputs["logits"]  # of `token_loss.row_sums`
+        return sums
 
     def metrics(self, rows: torch.Tensor) -> dict[str, float]:
         loss, labels, right = rows.sum(dim=0).tolist()

@@ -38,7 +38,8 @@ class MeasuringTrainer(Trainer):
     drawn: Drawn
     """Of the mixin that comes before this class (`training.resilience`)."""
 
-    def __init__(self, *, score: Score, loss: Loss, **kwargs: Any) -> None:
+    def __init__(self, *, score: Score, loss: Loss | None, **kwargs: Any) -> None:
+        """`loss`: None if the model computes it (`token_loss`), whose outputs have sums of rows in place of logits."""
         super().__init__(compute_metrics=Gathered(score.metrics), compute_loss_func=loss, **kwargs)
         self.score = score
         self.mask: Any
@@ -57,7 +58,9 @@ class MeasuringTrainer(Trainer):
         transformers computes metrics only if there are labels.
         """
         inputs = self.drawn(self._prepare_inputs(inputs), None)
-        given = {key: value for key, value in self._for_model(inputs).items() if key != "labels"}
+        given = self._for_model(inputs)
+        if self.compute_loss_func is not None:
+            given = {key: value for key, value in given.items() if key != "labels"}
         with torch.no_grad(), self.compute_loss_context_manager():
             rows = self.score.rows(model(**given), inputs, self)
         return rows[:, 0].mean(), rows, torch.zeros(len(rows), device=rows.device)

@@ -135,7 +135,7 @@ class Seq2Seq(LabelledBatches, TextTask):
 
         from luthier_trainer.models.generation_trace import Search, searched
         from luthier_trainer.models.memory import Trial
-        from luthier_trainer.tasks.measured import token_losses
+        from luthier_trainer.tasks import token_loss
 
         made = inspect.skeleton(_with_start(model.config), self.task, inspect.MODEL)
         read, written = [spec.training.max_length], [spec.seq2seq.max_target_length]
@@ -149,17 +149,21 @@ class Seq2Seq(LabelledBatches, TextTask):
                 return {"input_ids": source, "labels": target, **beside}
 
         def evaluate(forward: Forward, given: dict[str, Any]) -> None:
-            labels = given.pop("labels")
             outputs = forward(**given, use_cache=False)
-            token_losses(outputs["logits"], labels)
-            searched(forward.of_base(), search, len(labels))
+            searched(forward.of_base(), search, len(given["labels"]))
             del outputs  # which are held while the model writes
 
         search = Search(max(read), spec.seq2seq.max_target_length, spec.seq2seq.beams)
         mixed = rows is None or min(read) < max(read) or min(written) < max(written)
         longest = max(read) + max(written)
         evaluates = evaluate if search.beams else None
-        return Trial(made, batch, self._loss(spec), [], longest, mixed, evaluates=evaluates)
+        trial = Trial(made, batch, None, [], longest, mixed, evaluates=evaluates)
+        return token_loss.planned(trial, spec, self.whole_logits(model), shifted=False)
+
+    def whole_logits(self, model: Model) -> str | None:
+        from luthier_trainer.tasks import token_loss
+
+        return token_loss.why_whole(model.config, self.task)
 
     def tokens_a_row(self, spec: FineTuneJobSpec, rows: Dataset | None) -> float:
         if rows:
@@ -188,16 +192,13 @@ class Seq2Seq(LabelledBatches, TextTask):
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from luthier_trainer.tasks.measured import MeasuringTrainer
+        from luthier_trainer.tasks.token_loss import TokenLoss
 
+        spec = context.spec
+        loss = TokenLoss(model, not context.whole_logits, spec.training.label_smoothing, shifted=False)
         collator = PairCollator(context.processor.pad_token_id, model)
-        score = TextScore(context.processor, context.spec.seq2seq.beams, context.spec.seq2seq.max_target_length)
-        return TrainerSetup(MeasuringTrainer, collator, {"score": score, "loss": self._loss(context.spec)})
-
-    def _loss(self, spec: FineTuneJobSpec) -> Any:
-        from luthier_trainer.tasks import measured, smoothing
-
-        epsilon = spec.training.label_smoothing
-        return smoothing.row_loss(epsilon) if epsilon else measured.label_loss
+        score = TextScore(context.processor, spec.seq2seq.beams, spec.seq2seq.max_target_length)
+        return TrainerSetup(MeasuringTrainer, collator, {"score": score, "loss": None}, loss.described)
 
     def metric_names(self, spec: FineTuneJobSpec) -> list[str]:
         written = [metric.name for metric in TRAINING_TASKS[self.task].metrics]
@@ -242,9 +243,7 @@ class TextScore:
     def rows(self, outputs: Any, batch: Batch, trainer: Trainer) -> torch.Tensor:
         import torch
 
-        from luthier_trainer.tasks.measured import token_losses
-
-        losses = token_losses(outputs["logits"], batch["labels"])
+        losses: torch.Tensor = outputs["logits"]  # of `token_loss.row_sums`
         if not self.beams:
             return losses
         written = self.tokenizer.batch_decode(self._written(batch, trainer), skip_special_tokens=True)

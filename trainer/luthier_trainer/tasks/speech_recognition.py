@@ -115,12 +115,13 @@ class SpeechRecognition(LabelledBatches, AudioTask):
         import torch
 
         from luthier_trainer.models.memory import Trial
+        from luthier_trainer.tasks import token_loss
 
         def batch(size: int) -> Batch:
             inputs = self.example(model, spec, rows, size)
             return inputs | {"labels": torch.empty_like(inputs["decoder_input_ids"])}
 
-        return Trial(self.quiet(model, None), batch, self._loss(spec), [])
+        return token_loss.planned(Trial(self.quiet(model, None), batch, None, []), spec, None, shifted=False)
 
     # ---- training
 
@@ -146,19 +147,15 @@ class SpeechRecognition(LabelledBatches, AudioTask):
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from luthier_trainer.tasks.measured import MeasuringTrainer
+        from luthier_trainer.tasks.token_loss import TokenLoss
 
         spec = context.spec
         processor = told(context.processor, spec.speech)
         hearing = Hearing.of(self.extractor(processor), spec)
         score = SpeechScore(processor.tokenizer, spec.speech, spec.training.max_length)
         collator = SpeechCollator(hearing, model.config)
-        return TrainerSetup(MeasuringTrainer, collator, {"score": score, "loss": self._loss(spec)})
-
-    def _loss(self, spec: FineTuneJobSpec) -> Any:
-        from luthier_trainer.tasks import measured, smoothing
-
-        epsilon = spec.training.label_smoothing
-        return smoothing.row_loss(epsilon) if epsilon else measured.label_loss
+        loss = TokenLoss(model, True, spec.training.label_smoothing, shifted=False)
+        return TrainerSetup(MeasuringTrainer, collator, {"score": score, "loss": None}, loss.described)
 
     def metric_names(self, spec: FineTuneJobSpec) -> list[str]:
         written = [metric.name for metric in TRAINING_TASKS[self.task].metrics]
@@ -204,9 +201,7 @@ class SpeechScore:
     def rows(self, outputs: Any, batch: Batch, trainer: Trainer) -> torch.Tensor:
         import torch
 
-        from luthier_trainer.tasks.measured import token_losses
-
-        losses = token_losses(outputs["logits"], batch["labels"])
+        losses: torch.Tensor = outputs["logits"]  # of `token_loss.row_sums`
         if not self.settings.beams:
             return losses
         written = self.tokenizer.batch_decode(self._written(batch, trainer), skip_special_tokens=True)
