@@ -66,6 +66,7 @@ def result(folder: Path) -> bytes:
     return (folder / "result/shard-00000-of-00001.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_each_output_is_made_once_whenever_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "SEGMENT", 20)
     draw = random.Random(0)

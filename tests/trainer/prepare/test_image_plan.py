@@ -71,6 +71,7 @@ def work(**change: Any) -> Work:
     return Work(**given | change)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_held_is_what_a_cpu_holds(sdxl: Path) -> None:
     image = generate_run(Path("/w"), [{"prompt": "-"}], task="text-to-image", model={"path": "/m"}).spec.image

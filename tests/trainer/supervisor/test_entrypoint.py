@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases.quick import quick
 
 from luthier_api.termination import TerminationMessage
 from luthier_api.terminationlog import LIMIT_BYTES
@@ -175,7 +176,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        REFUSED,
+        "no JSON",
+        "an unknown field",
+        "a token in a wrong place",
+        "more than the kubelet keeps",
+        "a workspace of the system",
+    ),
+)
 def test_a_mistake_ends_before_torch_is_imported(case: RefusedCase, tmp_path: Path) -> None:
     (tmp_path / "file").touch(0o640)
     text = (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases.quick import quick
 
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
@@ -233,7 +234,18 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("case", ENDS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    quick(
+        ENDS,
+        "a good end",
+        "a mistake on one rank, lost peers on the others",
+        "a lost peer",
+        "no message",
+        "out of memory",
+        "a hang",
+    ),
+)
 def test_an_end_becomes_a_code(case: EndCase, start: Start, tmp_path: Path) -> None:
     (tmp_path / "cgroup").mkdir()
     (tmp_path / "cgroup" / "memory.events").write_text("oom 0\noom_kill 2\n")

@@ -18,8 +18,8 @@ from luthier_trainer.models import memory
 from luthier_trainer.models.memory import Setting
 from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.seq2seq import REFERENCE, TextScore
-from luthier_trainer.tasks.token_loss import TokenLoss
 from luthier_trainer.tasks.table import task_of
+from luthier_trainer.tasks.token_loss import TokenLoss
 from luthier_trainer.workspace import gpu_memory
 from trainer import measured_memory
 

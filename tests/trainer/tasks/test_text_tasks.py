@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from cases.quick import quick
 from datasets import load_from_disk
 from peft import PeftModel
 from prepared_workspace import losses
@@ -367,7 +368,9 @@ def tune(make_run: Any, tmp_path: Path, texts: list[str], bert: Path, t5: Path) 
     return make
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", quick(CASES, "seq2seq, by beams", "question-answering in windows", "several labels", "numbers")
+)
 def test_a_result_answers_as_was_measured(case: Case, tune: Tune, bert: Path, t5: Path) -> None:
     run, rows = tune(case)
     prepare.main(run)

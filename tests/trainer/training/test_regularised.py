@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from cases.quick import quick
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
@@ -132,7 +133,7 @@ def plain_weights(case: Case, llama: Path, data: DatasetDict, folder: Path) -> d
     return get_peft_model_state_dict(model) if case.optimizer else dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(CASES, "label smoothing", "LoRA+ in 8 bits"))
 def test_the_weights_are_those_of_plain_training(
     case: Case, tmp_path: Path, llama: Path, masked: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases.quick import quick
 from datasets import DatasetDict
 from prepared_workspace import losses, prepared_run, without_the_machine
 from safetensors.torch import load_file, save, save_file
@@ -235,7 +236,7 @@ SMALLER = [
 ]
 
 
-@pytest.mark.parametrize("case", SMALLER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(SMALLER, "a whole model's, one row at last"))
 def test_smaller_micro_batches_have_the_same_losses(
     case: SmallerCase, tmp_path: Path, llama: Path, data: DatasetDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +340,7 @@ IN_EVALUATIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", IN_EVALUATIONS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(IN_EVALUATIONS, "before the first step", "where a save is due, too"))
 def test_stopped_in_an_evaluation(
     case: Case,
     tmp_path: Path,

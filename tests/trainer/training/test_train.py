@@ -126,7 +126,7 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize("case", ADAPTERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", quick(ADAPTERS, "some modules", "qlora"))
 def test_adapter(case: AdapterCase, tmp_path: Path, learnt: Any, other_data: DatasetDict) -> None:
     base = Path(learnt[0].workspace) / "result"
     run = prepared_run(
