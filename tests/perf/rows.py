@@ -147,7 +147,8 @@ def measure(rows: int) -> dict[str, dict[str, float]]:
 
 def _process(name: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "perf.rows", name, str(folder)]
-    environment = os.environ | {Variables.RUN_DIR: str(folder)}
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {Variables.RUN_DIR: str(folder), "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if name == "run" and done.returncode == -signal.SIGKILL:
         return dict(json.loads((folder / "run.json").read_text()))
