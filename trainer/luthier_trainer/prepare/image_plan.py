@@ -132,7 +132,8 @@ def refusal(
     listed = f"What fits: {'; or '.join(remedies.values())}" if remedies else "Use a larger GPU, or make smaller images"
     return (
         f"spec.resources.gpuMemory: a batch of {batch_of(run.spec, plan)} images of {width} × {height} needs"
-        f" {space.amount(least.gpu_bytes)} of the GPU with image.offload: {name}, and it has {space.amount(limit)}."
+        f" {space.amount(least.gpu_bytes)} of the GPU with image.offload: {name}, which is"
+        f" {space.amount(least.gpu_bytes - limit)} more than it has."
         f" {listed}"
     )
 
