@@ -117,6 +117,34 @@ async def login() -> Configuration:
     return configuration
 
 
+class NotLeader(aiohttp.ClientError):
+    """The Lease is lost: the request was not sent."""
+
+
+def fenced(may_send: Callable[[], bool]) -> tuple[type[aiohttp.ClientRequest], type[aiohttp.BytesPayload]]:
+    """The types of requests and of their bodies. Both ask `may_send` right before they are written; raise NotLeader.
+
+    A process that slept may go on in the middle of a request: while it waits for a connection, or for its handshake.
+    The headers of a request with a body are written together with the body, by a task of its own.
+    """
+
+    def check() -> None:
+        if not may_send():
+            raise NotLeader("not sent, because the Lease is lost")
+
+    class Request(aiohttp.ClientRequest):
+        async def send(self, conn: Any) -> aiohttp.ClientResponse:
+            check()
+            return await super().send(conn)
+
+    class Body(aiohttp.BytesPayload):
+        async def write_with_length(self, writer: Any, content_length: int | None) -> None:
+            check()
+            await super().write_with_length(writer, content_length)
+
+    return Request, Body
+
+
 class Client:
     """Requests of all workers. Their number is bounded, and all pause when the API server asks for it.
 
@@ -131,10 +159,12 @@ class Client:
         may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         """Must be called in an event loop. `count` is called with method and status code of each answer. While
-        `may_send` returns False, every request is refused: another replica may be the leader.
+        `may_send` returns False, nothing is sent: another replica may be the leader.
         """
         self._configuration = configuration
+        request, self._body = fenced(may_send)
         self._session = aiohttp.ClientSession(
+            request_class=request,
             # The number of requests is bounded here, by `_slots`. Watches stay open beside them.
             connector=aiohttp.TCPConnector(
                 ssl=RESTClientObject(configuration).ssl_context, limit=0, keepalive_timeout=KEEPALIVE_SECONDS
@@ -147,7 +177,7 @@ class Client:
             proxy=configuration.proxy,
         )
         self._tls_name = {"server_hostname": name} if (name := configuration.tls_server_name) else {}
-        self._count, self._may_send = count, may_send
+        self._count = count
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._paused_until = 0.0
         self.host: str = configuration.host
@@ -419,12 +449,13 @@ class Client:
         content: str,
     ) -> tuple[int, Any, bytes]:
         """Send a request once. Returns status, headers and body. Raises ApiError with status 0 without an answer."""
-        request: dict[str, Any] = {"params": query, "data": None if body is None else msgspec.json.encode(body)}
+        request: dict[str, Any] = {
+            "params": query,
+            "data": None if body is None else self._body(msgspec.json.encode(body)),
+        }
         async with self._slots:
             try:
                 request["headers"] = await self._headers(content)
-                if not self._may_send():
-                    raise ApiError(0, "NotLeader", f"{method} {path}: not sent, because the Lease is lost")
                 async with self._session.request(method, self.host + path, **request, **self._tls_name) as response:
                     status, headers, text = response.status, response.headers, await response.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:

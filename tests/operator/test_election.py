@@ -9,14 +9,18 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 
 import pytest
 from fake_api import Call, Fault
 from fake_cluster import FakeCluster
 from harness import PATIENCE, Renew, Running, fine_tune, finished, start, until
+from kubernetes.aio.client.configuration import Configuration
 
+from luthier_operator.client import RESOURCES, ApiError, Client
 from luthier_operator.election import LeaseLost
 from luthier_operator.metrics import LEADS
+from luthier_operator.model import Object
 
 QUICK = Renew(within=1, attempt=0.5)
 
@@ -158,6 +162,38 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+Send = Callable[[Client], Awaitable[object]]
+RESOURCE = RESOURCES["ConfigMap"]
+NAMED: Object = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a", "namespace": "default"}}
+LOST_WHILE: dict[str, tuple[list[bool], Send]] = {
+    # What the Lease says at each question of one request
+    "a connection is made for a read": ([False], lambda client: client.get(RESOURCE.path("default"))),
+    "a connection is made for a watch": ([False], lambda client: anext(client.watch(RESOURCE, None, "", "1"))),
+    "a connection is made for a write": ([False], lambda client: client.create(NAMED)),
+    "the task that writes the body waits": ([True, False], lambda client: client.create(NAMED)),
+}
+
+
+@pytest.mark.parametrize(("answers", "send"), LOST_WHILE.values(), ids=LOST_WHILE)
+async def test_not_a_byte_is_written_when_the_lease_is_lost_while(answers: list[bool], send: Send) -> None:
+    received: list[bytes] = []
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read())  # until the client closes the connection
+        writer.close()
+
+    said = iter(answers)
+    async with await asyncio.start_server(receive, "127.0.0.1") as server:
+        host, port = server.sockets[0].getsockname()
+        client = Client(Configuration(host=f"http://{host}:{port}"), may_send=lambda: next(said))
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(ApiError, match="not sent, because the Lease is lost"):
+                await send(client)
+        await client.close()
+        await until("the connection is closed", lambda: len(received) == 1)
+    assert (received, list(said)) == ([b""], [])
 
 
 async def test_the_process_ends_at_once_whatever_it_waits_for() -> None:
