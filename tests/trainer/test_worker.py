@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from luthier_api.methods import STRATEGIES
 from luthier_api.optimizers import OPTIMIZERS
 from luthier_api.run import FineTuneRun, PreparedRecord
 from luthier_api.status import TrackedRun
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.worker import needs_bitsandbytes
+from luthier_trainer.worker import needs_bitsandbytes, needs_deepspeed
 from luthier_trainer.workspace import tracked_runs
 from luthier_trainer.workspace.prepared import FINGERPRINT, fingerprint, write_prepared
 
@@ -37,7 +38,7 @@ def python(code: str, run: FineTuneRun, folder: Path, timeout: float | None = No
     )
 
 
-def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneRun:
+def prepared(run: FineTuneRun, model: Path, config: dict[str, Any], strategy: str = "none") -> FineTuneRun:
     """`run`, as if `prepare` had found a model with this config.json."""
     folder = WorkspaceFolder(Path(run.workspace))
     folder.prepared.mkdir(parents=True)
@@ -50,7 +51,7 @@ def prepared(run: FineTuneRun, model: Path, config: dict[str, Any]) -> FineTuneR
             {
                 "model": {"source": "m"},
                 "dataset": {"source": "d", "rows": 1},
-                "plan": {"strategy": "none", "worldSize": 1},
+                "plan": {"strategy": strategy, "worldSize": 1},
                 "modelPath": str(model),
                 "datasetPath": "d",
             }
@@ -116,17 +117,27 @@ def test_what_needs_bitsandbytes(make_run: Any, tmp_path: Path, case: Case) -> N
     assert needs_bitsandbytes(prepared(run, tmp_path / "model", case.config)) is case.expect
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_needs_deepspeed(make_run: Any, tmp_path: Path, strategy: str) -> None:
+    run = prepared(make_run(), tmp_path / "model", {}, strategy=strategy)
+    assert needs_deepspeed(run) is strategy.startswith("zero")
+
+
 @pytest.mark.slow
-def test_plain_weights_cost_no_import_of_bitsandbytes(make_run: Any, tmp_path: Path) -> None:
-    """It takes torch's compiler along: an eighth of a training process's start."""
+def test_a_plain_training_imports_nothing_that_it_does_not_use(make_run: Any, tmp_path: Path) -> None:
+    """bitsandbytes takes torch's compiler along: together they are a quarter of a training process's start."""
     code = """
 import os, sys
 from pathlib import Path
 from luthier_api.run import read_run
 from luthier_trainer import worker
 worker.load("train", read_run(Path(os.environ["LUTHIER_RUN"]).read_bytes()))
-import gc, peft
-print([name for name in ("bitsandbytes", "torch._inductor.compile_fx") if sys.modules.get(name)], gc.isenabled())
+import gc, peft, torch
+from accelerate.utils import extract_model_from_parallel
+extract_model_from_parallel(torch.nn.Linear(1, 1))  # as Trainer does at a save
+unused = ("bitsandbytes", "torch._inductor.compile_fx", "deepspeed", "scipy", "httpx")
+print([name for name in unused if sys.modules.get(name)], gc.isenabled())
+import scipy.signal  # for metrics
 """
     run = prepared(make_run(method={"type": "lora"}), tmp_path / "model", {})
     assert python(code, run, tmp_path).stdout.strip() == "[] True"

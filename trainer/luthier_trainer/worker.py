@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +24,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, read_run, runs_code
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.distributed.strategy import uses_deepspeed
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.classify import classify
 from luthier_trainer.runtime.commands import MODULES, VERBS
@@ -94,16 +95,25 @@ def leave(code: int) -> NoReturn:
 
 
 def load(verb: str, run: FineTuneRun | GenerateRun) -> Work:
-    """`main` of the verb's module."""
-    if VERBS[verb] == "run" and not needs_bitsandbytes(run):
-        # PEFT imports bitsandbytes wherever it is installed, and with it the whole of torch's compiler.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # None marks a module that cannot be imported
+    """`main` of the verb's module. What libraries would import for no use of this process is hidden from them."""
+    if VERBS[verb] == "run":
+        hide(*(package for package, used in OPTIONAL.items() if not used(run)))
+    hidden = hide("scipy") if verb == "train" else []
     # Nearly all objects that imports create stay alive, so that collecting garbage meanwhile only costs time.
     gc.disable()
     work: Work = import_module(MODULES[verb]).main
     gc.enable()
     gc.freeze()
+    for package in hidden:  # metrics of some tasks use it
+        del sys.modules[package]
     return work
+
+
+def hide(*packages: str) -> list[str]:
+    """Make `packages` look as if they were not installed, unless they are imported already. Returns the hidden ones."""
+    hidden = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None marks a module that cannot be imported
+    return hidden
 
 
 def needs_bitsandbytes(run: FineTuneRun | GenerateRun) -> bool:
@@ -117,6 +127,18 @@ def needs_bitsandbytes(run: FineTuneRun | GenerateRun) -> bool:
     config = Path(read_prepared(run).model_path) / MODEL_CONFIG
     return config.exists() and "quantization_config" in json.loads(config.read_text())
 
+
+def needs_deepspeed(run: FineTuneRun | GenerateRun) -> bool:
+    return isinstance(run, FineTuneRun) and uses_deepspeed(read_prepared(run).plan.strategy)
+
+
+OPTIONAL: Mapping[str, Callable[[FineTuneRun | GenerateRun], bool]] = {
+    "bitsandbytes": needs_bitsandbytes,
+    "deepspeed": needs_deepspeed,
+}
+"""Package → whether a process uses it. PEFT and accelerate import these wherever they are installed; bitsandbytes takes
+torch's compiler along. scipy, beside them, is imported by transformers for the losses of models that detect objects.
+"""
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -14,6 +14,7 @@ from luthier_trainer.tracking import table
 
 def test_each_row_has_an_implementation() -> None:
     assert set(table.IMPLEMENTATIONS) == set(TRACKERS)
+    assert all(callable(table.implementation(name).send) for name in TRACKERS)
 
 
 def test_an_image_without_the_package(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.tracking.base import Report, TrackedTraining
 from luthier_trainer.tracking.channel import Channel
-from luthier_trainer.tracking.table import IMPLEMENTATIONS
+from luthier_trainer.tracking.table import implementation
 
 
 class Tracking(TrainerCallback):
@@ -67,6 +67,6 @@ def tracking(run: FineTuneRun, prepared: PreparedRecord, resumed_step: int | Non
             next_step=0 if resumed_step is None else resumed_step + 1,
             documents={"spec": run.spec.dump(), "provenance": made_of},
         )
-        channels.append(Channel(TRACKERS[spec.type].title, IMPLEMENTATIONS[spec.type](spec, training)))
+        channels.append(Channel(TRACKERS[spec.type].title, implementation(spec.type)(spec, training)))
         print(f"spec.tracking: {TRACKERS[spec.type].title}: {spec.url or training.folder}", flush=True)
     return Tracking(channels)
