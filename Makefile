@@ -5,6 +5,8 @@ PYTHON := $(VENV)/bin/python
 # A folder of wheels, for example torch's CPU build, may be given to pip by PIP_FIND_LINKS; uv reads its own variable.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTEST := $(PYTHON) -m pytest
+# Byte-code of our own modules is kept, or each of the hundreds of processes that the tests start would compile it.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12

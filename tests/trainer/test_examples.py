@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from prepared_workspace import losses
 from pyarrow import parquet
+from trainer.one_process import luthier_run
 from trainer.small_sdxl import write_small_sdxl
 from transformers import AutoTokenizer
 
@@ -61,12 +59,7 @@ def test_a_style_is_learnt_drawn_and_published(tmp_path: Path, hub: Running, mon
         document = yaml.safe_load((EXAMPLES / name).read_text())
         (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
 
-    words = [sys.executable, "-m", "luthier_cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    style, drawn = json.loads(done.stdout)["jobs"]
+    style, drawn = luthier_run(tmp_path, *SHORT)
     assert {"steps", "evalLoss", "evalLossBefore"} <= style["metrics"].keys()
     assert (tmp_path / "luthier-runs/lute-style/result/pytorch_lora_weights.safetensors").exists()
     assert len(list(Path(drawn["result"]).rglob("*.png"))) == 2
@@ -125,12 +118,7 @@ def test_a_chat_model_learns_to_prefer(tmp_path: Path, tiny_model: Path, pairs: 
         document = yaml.safe_load((EXAMPLES / name).read_text())
         (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
 
-    words = [sys.executable, "-m", "luthier_cli", "run", *CHAIN, "--mount", "/data=data", "-o", "json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    _, preferred = json.loads(done.stdout)["jobs"]
+    _, preferred = luthier_run(tmp_path, *CHAIN)
     assert preferred["metrics"]["evalLossBefore"] == pytest.approx(math.log(2), abs=1e-4)
     assert preferred["metrics"]["lastLoss"] < math.log(2)
     assert {"rewardAccuracy", "rewardMargin", "rewardChosen", "rewardRejected"} <= preferred["metrics"].keys()
@@ -174,12 +162,7 @@ def test_texts_go_from_job_to_job_and_in_and_out_in_other_forms(tmp_path: Path, 
             document["spec"]["text"] |= SHORT_TEXTS
         (tmp_path / name).write_text(yaml.safe_dump_all(documents))
 
-    words = [sys.executable, "-m", "luthier_cli", "run", *FORMS, "--mount", "/data=data", "-o", "json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    tales, summaries, answers, calls = (Path(job["result"]) for job in json.loads(done.stdout)["jobs"])
+    tales, summaries, answers, calls = (Path(job["result"]) for job in luthier_run(tmp_path, *FORMS))
     told, summed = (
         list(map(json.loads, (folder / "shard-00000-of-00001.jsonl").read_text().splitlines()))
         for folder in (tales, summaries)
@@ -222,11 +205,7 @@ def metrics_of(tmp_path: Path, name: str, changes: dict[str, Any]) -> dict[str, 
     """What an example measures that was run with these fields, on the folder data."""
     document = yaml.safe_load((EXAMPLES / name).read_text())
     (tmp_path / name).write_text(yaml.safe_dump(document | {"spec": document["spec"] | changes}))
-    words = [sys.executable, "-m", "luthier_cli", "run", name, "--mount", "/data=data", "-o", "json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (job,) = json.loads(done.stdout)["jobs"]
+    (job,) = luthier_run(tmp_path, name)
     metrics: dict[str, float] = job["metrics"]
     return metrics
 

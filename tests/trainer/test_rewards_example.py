@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from trainer.one_process import luthier_run
 from transformers import AutoModelForSequenceClassification
 
 pytestmark = pytest.mark.slow
@@ -29,12 +28,7 @@ def test_from_answers_over_a_judge_to_better_answers(tmp_path: Path) -> None:
         document = yaml.safe_load((EXAMPLE / name).read_text())
         document["spec"]["training"] |= changes
         (tmp_path / name).write_text(yaml.safe_dump(document))
-    words = [sys.executable, "-m", "luthier_cli", "run", *SHORT, "--mount", "/data=data", "-o", "json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, done.stderr
-    answers, judge, improved = json.loads(done.stdout)["jobs"]
+    answers, judge, improved = luthier_run(tmp_path, *SHORT)
     assert answers["metrics"]["lastLoss"] < 6
     assert judge["metrics"]["evalLoss"] < judge["metrics"]["evalLossBefore"]
     assert AutoModelForSequenceClassification.from_pretrained(judge["result"]).config.num_labels == 1
