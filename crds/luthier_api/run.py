@@ -215,6 +215,8 @@ class Weights(ApiModel):
     """Bytes of a weight in the files of the base model, in whose type a model is delivered."""
     normalizes_over_batch: bool = False
     """Whether a layer of the model normalises over the rows of a forward pass (BatchNorm)."""
+    result_files: int = 1
+    """Forms in which an adapter is delivered, each with all its weights."""
 
 
 class Compute(ApiModel):

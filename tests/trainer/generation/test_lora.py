@@ -31,7 +31,7 @@ from luthier_trainer.generation import lora
 from luthier_trainer.generation.encoding import About
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.loranames import Names, _ldm_blocks, _ldm_name, _weighted
+from luthier_trainer.models.loranames import Names, _weighted, ldm_blocks, ldm_name
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime.failure import Failure
 
@@ -224,8 +224,8 @@ def test_names_are_those_of_the_whole_checkpoint() -> None:
             projection_class_embeddings_input_dim=2816,
             cross_attention_dim=2048,
         )
-    blocks, table = _ldm_blocks(unet), Names({"unet": unet})
-    ldm = {module: _ldm_name(module, blocks) for module in _weighted(unet)}
+    blocks, table = ldm_blocks(unet), Names({"unet": unet})
+    ldm = {module: ldm_name(module, blocks) for module in _weighted(unet)}
     checkpoint = {
         f"model.diffusion_model.{name}.{kind}": module for module, name in ldm.items() for kind in ("weight", "bias")
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -20,6 +20,7 @@ from luthier_api.status import ResolvedSource
 from luthier_trainer.methods.apply import with_method
 from luthier_trainer.models import memory
 from luthier_trainer.models.memory import Setting
+from luthier_trainer.models.pipelines import MODELS
 from luthier_trainer.tasks.base import Model
 from luthier_trainer.tasks.diffusion import (
     DiffusionTrainer,
@@ -27,6 +28,7 @@ from luthier_trainer.tasks.diffusion import (
     draw,
     draw_for_evaluation,
     draw_for_training,
+    learning_part,
 )
 from luthier_trainer.tasks.text_to_image import TextToImage, collator
 from trainer import measured_memory
@@ -79,7 +81,18 @@ def make(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> Callable[..., Diffu
     return make
 
 
-def plain_losses(pipe: StableDiffusionXLPipeline, unet: Any, schedule: DDPMScheduler, drawn: Any) -> torch.Tensor:
+def plain_conditions(pipe: Any, caption: str, size: tuple[int, int], top_left: tuple[int, int]) -> dict[str, Any]:
+    """What the pipeline gives the UNet beside latent and timestep. `size`: height and width of the image."""
+    if not hasattr(pipe, "text_encoder_2"):
+        hidden, _ = pipe.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": hidden}
+    hidden, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
+    width = pipe.text_encoder_2.config.projection_dim
+    time_ids = pipe._get_add_time_ids(size, top_left, (SIDE, SIDE), hidden.dtype, text_encoder_projection_dim=width)
+    return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+
+def plain_losses(pipe: Any, unet: Any, schedule: DDPMScheduler, drawn: Any) -> torch.Tensor:
     """What the pipeline's own methods and diffusers' scheduler make of the rows, one by one."""
     losses = []
     for i, (row, (width, height)) in enumerate(zip(ROWS, SIZES, strict=True)):
@@ -93,21 +106,10 @@ def plain_losses(pipe: StableDiffusionXLPipeline, unet: Any, schedule: DDPMSched
         pixels = pipe.image_processor.preprocess(square)
         posterior = pipe.vae.encode(pixels).latent_dist
         latents = (posterior.mean + posterior.std * drawn.posterior[i : i + 1]) * pipe.vae.config.scaling_factor
-        hidden, _, pooled, _ = pipe.encode_prompt(row["caption"], do_classifier_free_guidance=False)
-        time_ids = pipe._get_add_time_ids(
-            (height, width),
-            (round(box[1] * scale), round(box[0] * scale)),
-            (SIDE, SIDE),
-            hidden.dtype,
-            text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim,
-        )
+        top_left = (round(box[1] * scale), round(box[0] * scale))
+        given = plain_conditions(pipe, row["caption"], (height, width), top_left)
         noise, timestep = drawn.noise[i : i + 1], drawn.timesteps[i : i + 1]
-        predicted = unet(
-            schedule.add_noise(latents, noise, timestep),
-            timestep,
-            encoder_hidden_states=hidden,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-        ).sample
+        predicted = unet(schedule.add_noise(latents, noise, timestep), timestep, **given).sample
         velocity = schedule.config.prediction_type == "v_prediction"
         target = schedule.get_velocity(latents, noise, timestep) if velocity else noise
         losses.append(((predicted - target) ** 2).mean())
@@ -132,6 +134,68 @@ def test_loss_is_that_of_plain_diffusers(
         expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn)
     torch.testing.assert_close(outputs["losses"], expect, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, expect.sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+TARGETS = ["to_q", "to_v", "q_proj", "v_proj"]
+
+
+def spec_of(text_encoders: bool, **method: Any) -> FineTuneJobSpec:
+    return FineTuneJobSpec.model_validate(
+        {
+            "task": "text-to-image",
+            "model": {"id": "a/b"},
+            "dataset": {"id": "a/c"},
+            "image": {"resolution": SIDE, "trainTextEncoders": text_encoders},
+            "method": {"type": "lora", "rank": 4, "targetModules": TARGETS, **method},
+            "resources": {"gpusPerNode": 0},
+        }
+    )
+
+
+def of_pipeline(pipe: Any, spec: FineTuneJobSpec, folder: Path) -> DiffusionTrainer:
+    """A trainer of what learns of a pipeline, with adapters that change what it computes. They are in `pipe`, too."""
+    models = {name: getattr(pipe, name) for name in MODELS if hasattr(pipe, name)}
+    learning = learning_part(models, spec)
+    torch.manual_seed(1)
+    model = with_method(learning, spec.method, None, [], deepspeed=False)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    encoders = [models[name] for name in MODELS[2:] if name in models]
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    frozen = FrozenModels(pipe.vae, [] if spec.image.train_text_encoders else encoders, schedule)
+    tokenizers = [getattr(pipe, name) for name in ("tokenizer", "tokenizer_2") if hasattr(pipe, name)]
+    args = TrainingArguments(str(folder), seed=SEED, use_cpu=True, report_to="none")
+    trainer = DiffusionTrainer(model=model, args=args, frozen=frozen, data_collator=collator(tokenizers, SIDE))
+    trainer.state.global_step = STEP
+    return trainer
+
+
+@pytest.mark.parametrize(("kind", "text_encoders"), [("sdxl", True), ("sd", True), ("sd", False)])
+def test_text_encoders_learn_beside_the_unet(
+    kind: str, text_encoders: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The loss is that of the whole pipeline with these adapters, and each weight of them gets a gradient."""
+    pipe = DiffusionPipeline.from_pretrained(request.getfixturevalue(kind))
+    targets = TARGETS if text_encoders else TARGETS[:2]
+    trainer = of_pipeline(pipe, spec_of(text_encoders, targetModules=targets), tmp_path)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS), num_items_in_batch=2)
+    drawn = draw_for_training(SEED, STEP, [0, 1], LATENT, 1000)
+    with torch.no_grad():
+        expect = plain_losses(pipe, pipe.unet, trainer.frozen.schedule, drawn)
+    torch.testing.assert_close(loss, expect.mean(), rtol=1e-4, atol=1e-6)
+
+    loss.backward()
+    learning = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert all(weight.grad is not None and weight.grad.any() for weight in learning.values())
+    assert any(".text_encoder." in name for name in learning) == text_encoders
+    gradients = {name: weight.grad.clone() for name, weight in learning.items()}
+    trainer.model.zero_grad()
+    trainer.model.get_base_model().enable_gradient_checkpointing()
+    trainer.compute_loss(trainer.model, trainer.data_collator(ROWS), num_items_in_batch=2).backward()
+    for name, weight in learning.items():
+        torch.testing.assert_close(weight.grad, gradients[name], msg=name)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -193,17 +257,15 @@ def test_latents_with_statistics_of_their_own() -> None:
     assert found == pytest.approx([(i - m) / d * 0.5 for i, (m, d) in enumerate(zip(mean, deviation, strict=True))])
 
 
-def test_a_step_holds_what_is_planned(make: Callable[..., DiffusionTrainer], sdxl: Path) -> None:
+@pytest.mark.parametrize("text_encoders", [False, True], ids=["UNet", "text encoders"])
+def test_a_step_holds_what_is_planned(text_encoders: bool, pipe: Any, sdxl: Path, tmp_path: Path) -> None:
     """What autograd keeps, counted by its hooks. On a CPU, oneDNN allocates for convolutions what GPUs do not."""
-    trainer = make()
+    spec = spec_of(text_encoders, targetModules=TARGETS if text_encoders else TARGETS[:2])
+    trainer = of_pipeline(pipe, spec, tmp_path)
     pixels = [ROWS[0] | {"labels": i} for i in range(5)]
     kept, peak = measured_memory.of_step(
         lambda: trainer.compute_loss(trainer.model, trainer.data_collator(pixels)), trainer.model
     )
-
-    given = {"task": "text-to-image", "model": {"id": "a/b"}, "dataset": {"id": "a/c"}, "image": {"resolution": SIDE}}
-    method = {"type": "lora", "rank": 4, "targetModules": ["to_q", "to_v"]}
-    spec = FineTuneJobSpec.model_validate(given | {"method": method, "resources": {"gpusPerNode": 0}})
     task = TextToImage()
     model = Model(ResolvedSource(source="a/b"), sdxl, None, None)
     trial = task.trial(model, spec, None, None)

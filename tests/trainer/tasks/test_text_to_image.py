@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from prepared_workspace import losses, without_the_machine
 from safetensors import safe_open
@@ -23,6 +23,8 @@ from trainer.small_sdxl import write_small_sdxl
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation import lora
+from luthier_trainer.models.loranames import Names
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime import notices
@@ -36,9 +38,10 @@ from luthier_trainer.workspace.prepared import read_prepared
 # diffusers and numpy 2 talk about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
 ROWS, HELD_OUT, STEPS = 14, 4, 7  # an epoch of ten rows is three steps, the last one of two rows
 METHOD = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targetModules": [r".*to_(q|k|v)", "to_out.0"]}
+Tensors = dict[str, torch.Tensor]
 PICTURES = {"width": 32, "height": 32, "steps": 2}
 
 
@@ -132,12 +135,134 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
 
 def test_the_result_is_an_adapter_of_diffusers(trained: Trained) -> None:
-    assert sorted(path.name for path in trained.result.iterdir()) == ["MANIFEST.json", "metrics.json", WEIGHTS]
+    assert sorted(path.name for path in trained.result.iterdir()) == ["MANIFEST.json", KOHYA, "metrics.json", WEIGHTS]
     with safe_open(trained.result / WEIGHTS, "pt") as file:
         described = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (described["unet.r"], described["unet.lora_alpha"]) == (4, 8)
     assert described["unet.lora_dropout"] == 0, "diffusers would leave it switched on"
     assert "/" not in str(described["unet.base_model_name_or_path"]), "the path of a folder in a pod"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A training of the text encoders, too."""
+
+    name: str
+    model: str
+    parts: tuple[str, ...]
+    targets: list[str]
+    kohya: tuple[str, ...]
+    """Some names of modules, as sd-scripts has them."""
+
+
+READING = [
+    Reading(
+        name="Stable Diffusion XL",
+        model="sdxl",
+        parts=("unet", "text_encoder", "text_encoder_2"),
+        targets=["all-linear"],
+        kohya=(
+            "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
+            "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+            "lora_te2_text_model_encoder_layers_2_mlp_fc2",
+        ),
+    ),
+    Reading(
+        name="Stable Diffusion 1.5",
+        model="sd",
+        parts=("unet", "text_encoder"),
+        targets=["to_q", "to_out.0", "q_proj", "out_proj"],
+        kohya=(
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+            "lora_te_text_model_encoder_layers_2_self_attn_out_proj",
+        ),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Read(Trained):
+    case: Reading
+    model: Path
+
+
+@pytest.fixture(scope="module", params=READING, ids=lambda case: case.name)
+def reading(request: pytest.FixtureRequest, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """A job that has trained the text encoders, too."""
+    case: Reading = request.param
+    folder, model = tmp_path_factory.mktemp("reading"), request.getfixturevalue(case.model)
+    image = {"resolution": 32, "trainTextEncoders": True}
+    spec = {"method": METHOD | {"targetModules": case.targets}, "image": image, "training": {"maxSteps": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUN_DIR", str(folder))
+        run = job(folder / "style", model, pictures, dataset={"evalFraction": None}, **spec)
+        prepare.main(run)
+        metrics = train.main(run).metrics
+    assert metrics is not None
+    return Read(run, metrics, case, model)
+
+
+def test_what_was_learnt_is_added_to_all_parts(reading: Read) -> None:
+    """By the formula, W + alpha / rank · B A, against what `load_lora_weights` makes of the whole folder."""
+    plain, loaded = (DiffusionPipeline.from_pretrained(reading.model) for _ in range(2))
+    loaded.load_lora_weights(reading.result)
+    loaded.fuse_lora(components=list(reading.case.parts))
+    written = load_file(reading.result / WEIGHTS)
+    found: dict[str, Tensors] = {part: dict(getattr(loaded, part).state_dict()) for part in reading.case.parts}
+    learnt = [name.removesuffix(".lora_A.weight") for name in written if name.endswith(".lora_A.weight")]
+    for place in learnt:
+        first, second = (written[f"{place}.lora_{side}.weight"] for side in "AB")
+        assert second.any(), f"{place} has not moved"
+        part, _, module = place.partition(".")
+        model = getattr(plain, part)
+        if not hasattr(model, "text_model"):
+            module = module.removeprefix("text_model.")
+        expect = model.get_submodule(module).weight + 8 / 4 * second @ first
+        torch.testing.assert_close(found[part][f"{module}.base_layer.weight"], expect, rtol=1e-5, atol=1e-6)
+    assert {place.partition(".")[0] for place in learnt} == {*reading.case.parts}
+    assert sum(name.endswith("base_layer.weight") for part in found.values() for name in part) == len(learnt)
+    assert not any("text_encoder.text_model.encoder.layers.2" in name for name in learnt) or reading.case.model == "sd"
+
+
+def test_what_learns_is_what_was_planned(reading: Read) -> None:
+    record = read_prepared(reading.run)
+    assert record.weights is not None
+    assert record.weights.learning == sum(tensor.numel() for tensor in load_file(reading.result / WEIGHTS).values())
+
+
+def test_the_same_with_names_of_kohya(reading: Read) -> None:
+    written, same = load_file(reading.result / KOHYA), load_file(reading.result / WEIGHTS)
+    modules = {name.partition(".")[0] for name in written}
+    assert {*reading.case.kohya} <= modules
+    assert all(written[f"{module}.alpha"].item() == 8 for module in modules)
+    assert len(written) == 3 * len(modules) == 3 / 2 * len(same)
+    pipe = DiffusionPipeline.from_pretrained(reading.model)
+    names = Names({part: getattr(pipe, part) for part in reading.case.parts})
+    changes = [lora.read(reading.result / name, names, "spec") for name in (KOHYA, WEIGHTS)]
+    for first, second in zip(*(sorted(some, key=lambda c: (c.part, c.module)) for some in changes), strict=True):
+        base = names.parts[first.part].get_submodule(first.module).weight
+        assert (first.part, first.module) == (second.part, second.module)
+        torch.testing.assert_close(first.weight(base), second.weight(base))
+
+
+@pytest.mark.parametrize("reading", READING[:1], indirect=True, ids=lambda case: case.name)
+def test_text_encoders_change_the_images(reading: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GenerateJob with the adapter makes the image of plain diffusers."""
+    rows = [{"prompt": "a lute", "seed": 7}]
+    spec = {"task": "text-to-image", "model": {"path": str(reading.model)}, "batchSize": 1, "image": PICTURES}
+    run = generate_run(tmp_path / "drawn", rows, **spec, adapters=[{"job": "style"}])
+    run = run.model_copy(update={"sources": {"style": reading.run.workspace}})
+    (message,) = generate_shards(run, monkeypatch, prepare.main)
+    assert message.code == 0
+    (line,) = result_lines(run)
+    (file,) = (tmp_path / "drawn/result").rglob(Path(line["file_name"]).name)
+    pipe = DiffusionPipeline.from_pretrained(reading.model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(reading.result)
+    size = {"width": PICTURES["width"], "height": PICTURES["height"]}
+    seed = torch.Generator().manual_seed(7)
+    expect = pipe("a lute", num_inference_steps=2, guidance_scale=5.0, generator=seed, **size).images[0]
+    assert (as_tensor(Image.open(io.BytesIO(file.read_bytes()))) - as_tensor(expect)).abs().max() <= 1
 
 
 def test_images_are_those_of_plain_diffusers(
@@ -181,7 +306,7 @@ def test_texts_do_not_take_the_adapter(use: str, trained: Trained, tiny_model: P
     spec: dict[str, Any] = {"task": "text-generation", "model": {"path": str(tiny_model)}}
     spec |= {"model": {"job": "style"}} if use == "model" else {"adapters": [{"job": "style"}]}
     run = generate_run(tmp_path / "texts", [{"prompt": "a lute"}], **spec)
-    with pytest.raises(Failure, match=r"\.job: FineTuneJob style is an adapter for Stable Diffusion XL, which belongs"):
+    with pytest.raises(Failure, match=r"\.job: FineTuneJob style is an adapter for Stable Diffusion, which belongs"):
         prepare.main(run.model_copy(update={"sources": {"style": trained.run.workspace}}))
 
 
@@ -247,13 +372,13 @@ class Mistake:
 MISTAKES = [
     Mistake(
         name="a model of another kind",
-        pipeline=edit("model_index.json", _class_name="StableDiffusionPipeline"),
-        message="spec.model.path: StableDiffusionPipeline is not supported here; supported: StableDiffusionXLPipeline",
+        pipeline=edit("model_index.json", _class_name="FluxPipeline"),
+        message="spec.model.path: FluxPipeline is not supported here; supported: StableDiffusionXLPipeline, Stable",
     ),
     Mistake(
         name="a pipeline without one of the text encoders",
         pipeline=edit("model_index.json", text_encoder=[None, None]),
-        message="spec.model: the pipeline has no text_encoder; choose a base model of Stable Diffusion XL",
+        message="spec.model: the pipeline has no text_encoder; choose a base model of Stable Diffusion, not",
     ),
     Mistake(
         name="a UNet that takes fewer numbers about an image, as a refiner's does",
@@ -274,6 +399,19 @@ MISTAKES = [
         name="an adapter on a module that is not there",
         spec={"method": METHOD | {"targetModules": ["q_proj"]}},
         message="spec.method.targetModules[0]: the model has no module 'q_proj' (it has: ",
+    ),
+    Mistake(
+        name="text encoders that would not learn",
+        spec={"image": {"resolution": 32, "trainTextEncoders": True}},
+        message="spec.method.targetModules: none of them is in the text_encoder, which would not learn; add q_proj,",
+    ),
+    Mistake(
+        name="an adapter on an embedding of a text encoder",
+        spec={
+            "image": {"resolution": 32, "trainTextEncoders": True},
+            "method": METHOD | {"targetModules": ["to_q", "q_proj", "token_embedding"]},
+        },
+        message="spec.method.targetModules: text_encoder.embeddings.token_embedding is an embedding, and diffusers",
     ),
     Mistake(
         name="an image that cannot be read",
@@ -325,7 +463,8 @@ def test_a_long_caption_is_noticed(sdxl: Path, pictures: Path, tmp_path: Path) -
 def test_what_is_planned(sdxl: Path, pictures: Path, tmp_path: Path, trained: Trained) -> None:
     """Space by what was saved, and few large images in a forward pass of a GPU."""
     plan = read_prepared(trained.run).plan
-    assert plan.result_bytes == pytest.approx((trained.result / WEIGHTS).stat().st_size, rel=0.5)
+    written = sum((trained.result / name).stat().st_size for name in (WEIGHTS, KOHYA))
+    assert plan.result_bytes == pytest.approx(written, rel=0.5)
     run = job(tmp_path / "gpu", sdxl, pictures, resources={"gpusPerNode": 1}, image={"resolution": 1024})
     training = run.spec.training.model_copy(update={"micro_batch_size": None, "batch_size": 16})
     planned = plan_training(run.spec.model_copy(update={"training": training}), 100, None)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.generation.loranames import Names, split
+from luthier_trainer.models.loranames import Names, split
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 

@@ -16,10 +16,10 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec, ImageSettings
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.guidance import check_interval
-from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import room, unread_tokens
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
 from luthier_trainer.models import checks, pipelines
+from luthier_trainer.models.loranames import Names
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
 

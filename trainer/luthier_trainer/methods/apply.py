@@ -20,7 +20,7 @@ from luthier_trainer.methods.experts import fused_experts, linear_modules
 from luthier_trainer.methods.quantization import settings
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
-from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.methods.whole import whole_modules, without_adapters
 from luthier_trainer.models import embedding, fsdp
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.runtime.devices import DTYPES
@@ -90,7 +90,10 @@ def with_method(
     # Not that of the input embeddings, which those of images lack. Quantised weights are integers.
     computed = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     config = FAMILIES[method.type].config(
-        method, Surroundings(peft_type, whole, fused_experts(model), tokens, linear_modules(model), steps)
+        method,
+        Surroundings(
+            peft_type, whole, fused_experts(model), tokens, linear_modules(model), steps, without_adapters(model)
+        ),
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=not deepspeed)

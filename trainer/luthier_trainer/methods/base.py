@@ -33,6 +33,8 @@ class Surroundings:
     """Names of the linear modules, which all-linear stands for."""
     steps: int = SOME_STEPS
     """Optimiser steps of the training."""
+    without: Sequence[str] = ()
+    """Modules that get no adapter (`whole.without_adapters`)."""
 
     @property
     def excluded(self) -> str | None:
@@ -40,7 +42,8 @@ class Surroundings:
 
         Without it, all-linear would include heads whose own weights are trained, which PEFT refuses.
         """
-        return rf"(.*\.)?({'|'.join(map(re.escape, self.whole))})(\..*)?" if self.whole else None
+        names = [*self.whole, *self.without]
+        return rf"(.*\.)?({'|'.join(map(re.escape, names))})(\..*)?" if names else None
 
 
 class Course(Protocol):

@@ -13,7 +13,7 @@ from luthier_api.method import Method
 from luthier_trainer.methods.experts import TARGETS, leaves, linear_modules
 from luthier_trainer.methods.lora import layer_of, matching
 from luthier_trainer.methods.table import FAMILIES
-from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.methods.whole import whole_modules, without_adapters
 from luthier_trainer.models.inspect import ALL_LINEAR
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -34,8 +34,8 @@ def expanded(method: Method, model: torch.nn.Module, heads: list[str]) -> Method
     method = renamed(FAMILIES[method.type].resolved(method, model), model)
     if all(NAME.fullmatch(target) for target in method.target_modules or []):
         return method
-    whole = whole_modules(model, method, heads)
-    linear = [name for name in linear_modules(model) if not any(f"{name}.".startswith(f"{outer}.") for outer in whole)]
+    without = [*whole_modules(model, method, heads), *without_adapters(model)]
+    linear = [name for name in linear_modules(model) if not any(f"{name}.".startswith(f"{o}.") for o in without)]
     where = ""
     if method.layers is not None:
         # PEFT 0.21 gives an adapter to a module whose whole name is listed, whatever its layer is.

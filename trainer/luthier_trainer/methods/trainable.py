@@ -20,7 +20,7 @@ from luthier_trainer.methods import frozen
 from luthier_trainer.methods.lora import layer_of
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.targets import expanded
-from luthier_trainer.methods.whole import whole_modules
+from luthier_trainer.methods.whole import whole_modules, without_adapters
 from luthier_trainer.models.embedding import token_tables
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, skeleton
 from luthier_trainer.workspace.model_files import MODEL_CONFIG
@@ -187,10 +187,11 @@ def inside(name: str, modules: Collection[str]) -> bool:
 
 def adapted_modules(model: torch.nn.Module, method: Method, whole: Collection[str]) -> list[str]:
     """Return the names of the modules that get an adapter. `whole`: those that are trained whole get none."""
+    without = [*whole, *without_adapters(model)]
     return [
         name
         for name, module in model.named_modules()
-        if gets_adapter(name, module, model, method) and not inside(name, whole)
+        if gets_adapter(name, module, model, method) and not inside(name, without)
     ]
 
 

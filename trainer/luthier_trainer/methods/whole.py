@@ -1,8 +1,9 @@
-"""Modules that are trained whole beside adapters because the job names them (`method.modulesToSave`)."""
+"""Modules that are trained whole beside adapters because the job names them (`method.modulesToSave`), or get none."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
@@ -30,6 +31,11 @@ def whole_modules(model: torch.nn.Module, method: Method, heads: list[str]) -> l
     names = {name for name, _ in model.named_modules() for asked in method.modules_to_save or [] if named(name, asked)}
     names |= {*heads}
     return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
+
+
+def without_adapters(model: torch.nn.Module) -> Sequence[str]:
+    """Return the full names of the modules of `model` that get no adapter, as the model itself says."""
+    return getattr(model, "without_adapters", ())
 
 
 def check(config: PreTrainedConfig, task: str, method: Method, quantised: bool) -> None:

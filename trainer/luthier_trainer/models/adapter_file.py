@@ -14,6 +14,7 @@ from luthier_trainer.runtime.notices import notice
 from luthier_trainer.workspace.model_files import MODEL_CONFIG, PIPELINE_CONFIG
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers gives to the file
+KOHYA_WEIGHTS = "kohya_lora.safetensors"  # the same adapter in another form, in the result of a FineTuneJob
 WHOLE_MODEL = (PIPELINE_CONFIG, MODEL_CONFIG)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 8  # file names in a message
@@ -29,6 +30,8 @@ def choose(names: Sequence[str], asked: str | None, field: str, where: str) -> s
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if asked is not None:
         return _asked(found, asked, field, where)
+    if {LORA_WEIGHTS, KOHYA_WEIGHTS} <= {*found}:
+        found.remove(KOHYA_WEIGHTS)
     if whole := next((name for name in WHOLE_MODEL if name in names), None):
         raise Failure(
             ExitCode.INVALID_SPEC,

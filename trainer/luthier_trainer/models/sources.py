@@ -130,7 +130,7 @@ def locate(source: ModelSource | Adapter | RewardModel, run: FineTuneRun | Gener
     if (folder / adapter_file.LORA_WEIGHTS).is_file():
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{place}: {name} is an adapter for Stable Diffusion XL, which belongs under spec.adapters of a GenerateJob"
+            f"{place}: {name} is an adapter for Stable Diffusion, which belongs under spec.adapters of a GenerateJob"
             " with task: text-to-image. Name another source",
         )
     return Located(ResolvedSource(source=name, revision=folder_digest(folder)), place, folder)

@@ -55,9 +55,9 @@ TITLES = {
     "plannedMemoryGB": "Planned peak of memory in GB",
 }
 LOAD_LORA = """\
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{repo}")"""
 
 

@@ -1,6 +1,7 @@
-"""A transformers Trainer for the UNet of Stable Diffusion XL, which learns to predict the noise in latents of images.
+"""A transformers Trainer for the UNet of Stable Diffusion, which learns to predict the noise in latents of images.
 
-The frozen VAE and text encoders run in each step, because `prepare` has no GPU for them. For SDXL and an image of
+The frozen VAE and text encoders run in each step, because `prepare` has no GPU for them. Text encoders that learn are
+one module with the UNet (`ReadingUNet`). For SDXL and an image of
 1024 × 1024 pixels the VAE computes 4.9 of a step's 25 TFLOP, in fp32 (FlopCounterMode, activations checkpointed).
 The random numbers of a row depend only on the seed, the step and the row. A resumed run, or one with another number of
 processes, therefore sees the same noise without saving the state of a generator.
@@ -19,6 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch.nn.functional import mse_loss
 from transformers import EvalPrediction, Trainer
 
+from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import Compute
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.compute import count_operations, of_images
@@ -27,6 +29,86 @@ from luthier_trainer.tasks.text_to_image import TIME_IDS
 from luthier_trainer.workspace.flops import MULTIPLY_ADD
 
 GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover the unit interval evenly
+ENCODERS = ("text_encoder", "text_encoder_2")  # names of the components
+TOKENS = ("input_ids", "input_ids_2")  # what each of them reads of a batch
+
+
+def encoders_of(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text encoders among the models of a pipeline: one of Stable Diffusion 1.5 and 2, two of XL."""
+    return {name: models[name] for name in ENCODERS if name in models}
+
+
+def conditions(
+    encoders: Sequence[Any], tokens: Sequence[torch.Tensor], time_ids: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return what the UNet reads beside latent and timestep, by the names of its arguments.
+
+    `tokens`: int64 [rows, 77] for each encoder. `time_ids`: [rows, 6], of XL alone. As in the pipelines, the UNet of XL
+    reads the outputs of the second to last layers, side by side, and the pooled one of the second encoder; the UNet of
+    1.5 and 2 reads the last output: [rows, 77, width].
+    """
+    if len(encoders) == 1:
+        return {"encoder_hidden_states": encoders[0](tokens[0])[0]}
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
+    return {
+        "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+        "added_cond_kwargs": {"text_embeds": outputs[-1][0], "time_ids": time_ids},
+    }
+
+
+class ReadingUNet(torch.nn.Module):
+    """A UNet and the text encoders that learn with it. One forward pass computes all of them, as DDP wants it."""
+
+    config: Mapping[str, Any] = {"model_type": "custom"}  # as PEFT has it for models without one
+    _supports_gradient_checkpointing = True
+
+    def __init__(self, unet: Any, encoders: Mapping[str, Any]) -> None:
+        """`encoders`: by the names of the components."""
+        super().__init__()
+        self.unet = unet
+        self.names = tuple(encoders)
+        for name, encoder in encoders.items():
+            self.add_module(name, encoder)
+
+    @property
+    def encoders(self) -> list[Any]:
+        return [self.get_submodule(name) for name in self.names]
+
+    @property
+    def without_adapters(self) -> list[str]:
+        """The modules that get no adapter: those that the UNet does not read, and one that kohya's format has not."""
+        if len(self.names) == 1:
+            return []
+        first, second = self.names
+        layers = next(
+            name for name, module in self.named_modules() if name.startswith(f"{first}.") and name.endswith(".layers")
+        )
+        return [f"{layers}.{len(self.get_submodule(layers)) - 1}", f"{second}.text_projection"]
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        tokens: Sequence[torch.Tensor],
+        time_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """Return the output of the UNet. `sample`: noisy latents; `tokens` and `time_ids`: of `conditions`."""
+        return self.unet(sample, timestep, **conditions(self.encoders, tokens, time_ids))
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.unet.enable_gradient_checkpointing()
+        for encoder in self.encoders:
+            encoder.activation_checkpointing_enable({"use_reentrant": False})
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.unet.disable_gradient_checkpointing()
+        for encoder in self.encoders:
+            encoder.activation_checkpointing_disable()
+
+
+def learning_part(models: Mapping[str, Any], spec: FineTuneJobSpec) -> Any:
+    """Return the module that gets adapters. `models`: of a pipeline, by their names in it."""
+    return ReadingUNet(models["unet"], encoders_of(models)) if spec.image.train_text_encoders else models["unet"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +160,8 @@ class FrozenModels:
 
     vae: AutoencoderKL
     """In fp32: the VAE of Stable Diffusion XL overflows in fp16 and loses detail in bf16."""
-    text_encoders: tuple[Any, Any]
+    text_encoders: Sequence[Any]
+    """Empty where they learn."""
     schedule: DDPMScheduler
     """Its `prediction_type` decides what the UNet predicts: epsilon (the noise) or v_prediction (the velocity)."""
 
@@ -106,17 +189,16 @@ class FrozenModels:
         mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
         return (latents - mean) * config.scaling_factor / deviation
 
-    @torch.no_grad()
-    def read(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the encoded captions, [rows, 77, width of both encoders], and pooled, [rows, width of the second].
+    def read(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model that learns reads of the captions and sizes of a batch, by the names of its arguments.
 
-        `tokens`: int64 [rows, 77] for each encoder. As in the pipeline, the UNet reads the output of the second to last
-        layer.
+        That is what the text encoders make of it (`conditions`), or the tokens themselves if they learn, too.
         """
-        outputs = [
-            encoder(ids, output_hidden_states=True) for encoder, ids in zip(self.text_encoders, tokens, strict=True)
-        ]
-        return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1][0]
+        tokens, time_ids = [inputs[name] for name in TOKENS if name in inputs], inputs.get("time_ids")
+        if not self.text_encoders:
+            return {"tokens": tokens, "time_ids": time_ids}
+        with torch.no_grad():
+            return conditions(self.text_encoders, tokens, time_ids)
 
     def target(self, latents: torch.Tensor, drawn: Draw) -> torch.Tensor:
         """Return what the UNet should predict, [rows, channels, height, width]. `latents`: scaled, same shape."""
@@ -137,9 +219,10 @@ class FrozenModels:
 
 
 class DiffusionTrainer(Trainer):
-    """Trains the adapter of a UNet.
+    """Trains the adapter of a UNet, or of a `ReadingUNet`.
 
-    Its batches have `pixel_values`, `input_ids`, `input_ids_2`, `time_ids` and `labels` (the numbers of the rows).
+    Its batches have `pixel_values`, `input_ids` and `labels` (the numbers of the rows), those of XL also `input_ids_2`
+    and `time_ids`.
     """
 
     def __init__(self, *, frozen: FrozenModels, min_snr_gamma: float | None = None, **kwargs: Any) -> None:
@@ -178,7 +261,7 @@ class DiffusionTrainer(Trainer):
         return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
     def denoising(self, inputs: dict[str, Any], learning: bool) -> tuple[dict[str, Any], torch.Tensor]:
-        """Return the arguments of the UNet for a batch, and what it should predict, [rows, channels, height, width].
+        """Return the arguments of the model for a batch, and what it should predict, [rows, channels, height, width].
 
         `learning`: True draws random numbers for a training step, False draws them for an evaluation.
         """
@@ -190,43 +273,41 @@ class DiffusionTrainer(Trainer):
             drawn = draw_for_evaluation(self.args.seed, rows, shape, timesteps)
         drawn = Draw(*(part.to(mean.device) for part in (drawn.timesteps, drawn.posterior, drawn.noise)))
         latents = self.frozen.scaled(mean + deviation * drawn.posterior)
-        hidden, pooled = self.frozen.read([inputs["input_ids"], inputs["input_ids_2"]])
         given = {
             "sample": self.frozen.schedule.add_noise(latents, drawn.noise, drawn.timesteps),
             "timestep": drawn.timesteps,
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": inputs["time_ids"]},
+            **self.frozen.read(inputs),
         }
         return given, self.frozen.target(latents, drawn)
 
 
-def macs_of(found: Mapping[str, Any], resolution: int) -> Compute:
-    """Return the multiply-adds of a step for one image of `resolution` × `resolution` pixels.
+def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec) -> Compute:
+    """Return the multiply-adds of a step for one image.
 
-    `found`: the models of a pipeline on the meta device, by their names in it. All weights of the UNet learn.
+    `found`: the models of a pipeline on the meta device, by their names in it. All weights of the part that gets
+    adapters learn.
     """
-    unet, vae = found["unet"], found["vae"]
-    encoders = [found[name] for name in ("text_encoder", "text_encoder_2")]
+    vae, model, resolution = found["vae"], learning_part(found, spec), spec.image.resolution
+    encoders = list(encoders_of(found).values())
+    with torch.device("meta"):
+        tokens = [torch.empty(1, e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
+        time_ids = torch.empty(1, TIME_IDS)
     side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
 
     def frozen() -> None:
         vae.encode(torch.empty(1, 3, resolution, resolution, device="meta"))
-        for encoder in encoders:
-            encoder(torch.empty(1, encoder.config.max_position_embeddings, dtype=torch.int64, device="meta"))
+        if not learns:
+            conditions(encoders, tokens, time_ids)
 
+    learns = isinstance(model, ReadingUNet)
+    read = {"tokens": tokens, "time_ids": time_ids} if learns else conditions(encoders, tokens, time_ids)
     inputs = {
-        "sample": torch.empty(1, unet.config.in_channels, side, side, device="meta"),
+        "sample": torch.empty(1, vae.config.latent_channels, side, side, device="meta"),
         "timestep": torch.empty(1, device="meta"),
-        "encoder_hidden_states": torch.empty(
-            1, encoders[0].config.max_position_embeddings, unet.config.cross_attention_dim, device="meta"
-        ),
-        "added_cond_kwargs": {
-            "text_embeds": torch.empty(1, encoders[1].config.projection_dim, device="meta"),
-            "time_ids": torch.empty(1, TIME_IDS, device="meta"),
-        },
+        **read,
     }
     beside = sum(count_operations(frozen).values()) // MULTIPLY_ADD
-    return of_images(unet, inputs).model_copy(update={"frozen_models": beside})
+    return of_images(model, inputs).model_copy(update={"frozen_models": beside})
 
 
 def row_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -254,12 +335,26 @@ class RowLosses:
         return {"loss": mean}
 
 
-def load_frozen(path: Path, dtype: torch.dtype, field: str) -> FrozenModels:
-    """Load the frozen models of the pipeline in `path`, with text encoders in `dtype` and the VAE in fp32.
+def load_learning(path: Path, spec: FineTuneJobSpec, dtype: torch.dtype, field: str) -> Any:
+    """Load the part of the pipeline in `path` that gets adapters, in `dtype`.
 
     `field`: the field that messages name. Raises Failure if a model cannot be loaded.
     """
-    config = pipelines.read_scheduler(path, pipelines.index_of(path, field), field).config
-    first, second = (pipelines.load_model(path, name, dtype, field) for name in ("text_encoder", "text_encoder_2"))
+    names = pipelines.classes(pipelines.index_of(path, field), field)
+    wanted = [name for name in names if name == "unet" or (spec.image.train_text_encoders and name in ENCODERS)]
+    return learning_part({name: pipelines.load_model(path, name, dtype, field) for name in wanted}, spec)
+
+
+def load_frozen(path: Path, spec: FineTuneJobSpec, dtype: torch.dtype, field: str) -> FrozenModels:
+    """Load the models of the pipeline in `path` that do not learn: text encoders in `dtype`, and the VAE in fp32.
+
+    `field`: the field that messages name. Raises Failure if a model cannot be loaded.
+    """
+    index = pipelines.index_of(path, field)
+    config = pipelines.read_scheduler(path, index, field).config
+    names = (
+        [] if spec.image.train_text_encoders else [name for name in pipelines.classes(index, field) if name in ENCODERS]
+    )
+    encoders = [pipelines.load_model(path, name, dtype, field) for name in names]
     vae = pipelines.load_model(path, "vae", torch.float32, field)
-    return FrozenModels(vae, (first, second), DDPMScheduler.from_config(config))
+    return FrozenModels(vae, encoders, DDPMScheduler.from_config(config))

@@ -12,7 +12,15 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.models.memory import Forward, Trial
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.tasks.base import Batch
-from luthier_trainer.tasks.diffusion import Draw, FrozenModels, row_losses
+from luthier_trainer.tasks.diffusion import (
+    TOKENS,
+    Draw,
+    FrozenModels,
+    ReadingUNet,
+    encoders_of,
+    learning_part,
+    row_losses,
+)
 from luthier_trainer.tasks.images import PIXELS
 from luthier_trainer.tasks.text_to_image import TIME_IDS
 from luthier_trainer.workspace.plan import plan_precision
@@ -25,36 +33,33 @@ def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec) ->
     """
     precision = plan_precision(spec.training.precision, spec.resources.gpus_per_node)
     computed = DTYPES["bf16" if precision == "auto" else precision]
-    encoders = found["text_encoder"].to(computed), found["text_encoder_2"].to(computed)
-    beside = (found["vae"], *encoders)
-    for model in beside:
-        model.requires_grad_(False).eval()
-    frozen = FrozenModels(found["vae"], encoders, DDPMScheduler.from_config(schedule))
+    encoders = [encoder.to(computed) for encoder in encoders_of(found).values()]
+    model = learning_part(found, spec)
+    resting = [] if isinstance(model, ReadingUNet) else encoders
+    beside = (found["vae"], *resting)
+    for other in beside:
+        other.requires_grad_(False).eval()
+    frozen = FrozenModels(found["vae"], resting, DDPMScheduler.from_config(schedule))
     frozen.schedule.alphas_cumprod = frozen.schedule.alphas_cumprod.to("meta")  # the first step would move them
     side, words = spec.image.resolution, encoders[0].config.max_position_embeddings
 
     def batch(rows: int) -> Batch:
         with torch.device("meta"):
-            return {
-                PIXELS: torch.empty(rows, 3, side, side),
-                "input_ids": torch.empty((rows, words), dtype=torch.int64),
-                "input_ids_2": torch.empty((rows, words), dtype=torch.int64),
-                "time_ids": torch.empty(rows, TIME_IDS),
-            }
+            tokens = {name: torch.empty((rows, words), dtype=torch.int64) for name in TOKENS[: len(encoders)]}
+            sizes = {"time_ids": torch.empty(rows, TIME_IDS)} if len(encoders) > 1 else {}
+            return {PIXELS: torch.empty(rows, 3, side, side), **tokens, **sizes}
 
     def step(forward: Forward, batch: dict[str, Any]) -> torch.Tensor:
         mean, deviation = frozen.likely_latents(batch[PIXELS])
         timesteps = torch.empty(len(mean), dtype=torch.int64, device="meta")
         drawn = Draw(timesteps, torch.empty_like(mean), torch.empty_like(mean))
         latents = frozen.scaled(mean + deviation * drawn.posterior)
-        hidden, pooled = frozen.read([batch["input_ids"], batch["input_ids_2"]])
         given = {
             "sample": frozen.schedule.add_noise(latents, drawn.noise, drawn.timesteps),
             "timestep": drawn.timesteps,
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"]},
+            **frozen.read(batch),
         }
         target = frozen.target(latents, drawn)
         return row_losses(forward(**given)["sample"], target).mean()
 
-    return Trial(found["unet"], batch, None, [], step=step, beside=beside)
+    return Trial(model, batch, None, [], step=step, beside=beside)

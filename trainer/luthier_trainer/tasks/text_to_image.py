@@ -1,11 +1,12 @@
-"""text-to-image: train LoRA adapters on the UNet of Stable Diffusion XL with images and captions.
+"""text-to-image: train LoRA adapters on the UNet, and text encoders, of Stable Diffusion with images and captions.
 
-The adapter is delivered in the format of diffusers (`pytorch_lora_weights.safetensors`), which GenerateJobs and
-`StableDiffusionXLPipeline.load_lora_weights` load. The module `diffusion` holds the trainer.
+The adapter is delivered in the format of diffusers, which GenerateJobs and `load_lora_weights` of pipelines load, and
+in that of kohya (`models.lora_files`). The module `diffusion` holds the trainer.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,8 @@ from luthier_trainer.data import columns
 from luthier_trainer.data.load import Rows
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods.targets import expanded
-from luthier_trainer.methods.trainable import weights_in, with_adapters
-from luthier_trainer.models import checks, inspect
-from luthier_trainer.models.adapter_file import LORA_WEIGHTS
-from luthier_trainer.models.adapters import WEIGHTS as PEFT_WEIGHTS
+from luthier_trainer.methods.trainable import adapted_modules, weights_in, with_adapters
+from luthier_trainer.models import checks, inspect, lora_files
 from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
@@ -32,7 +31,7 @@ from luthier_trainer.tasks import images
 from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, Task, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.images import PIXELS, ROW
-from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
+from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -63,14 +62,13 @@ class TextToImage(LabelledBatches, Task):
         from luthier_trainer.models import pipelines
 
         path = whole_model(located, run, folder, run.spec.model.job, "model")
-        checks.check_pipeline(path, located.field, checks.XL)
+        checks.check_pipeline(path, located.field)
         unet = pipelines.skeletons(path, pipelines.index_of(path, located.field), located.field)["unet"]
         return Model(located.resolved, path, unet.config, processor=None)
 
     def check_model(self, model: Model, spec: FineTuneJobSpec, rows: int, labels: list[str] | None) -> None:
-        unet = check_pipeline(model.path, spec, inspect.MODEL)
-        targets = expanded(spec.method, unet, []).target_modules
-        method_checks.check_modules(unet, "the UNet", [], targets, "spec.method.targetModules")
+        models = check_pipeline(model.path, spec, inspect.MODEL)
+        check_targets(models, spec, "spec.method.targetModules")
 
     def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
         """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row)."""
@@ -94,19 +92,21 @@ class TextToImage(LabelledBatches, Task):
 
     def weights(self, model: Model, spec: FineTuneJobSpec, plan: Plan, labels: list[str] | None) -> Weights:
         from luthier_trainer.models import pipelines
+        from luthier_trainer.tasks.diffusion import learning_part
 
-        unet = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)["unet"]
-        return weights_in(unet, [], spec, plan, source="float32")
+        found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
+        weights = weights_in(learning_part(found, spec), [], spec, plan, source="float32")
+        return weights.model_copy(update={"result_files": lora_files.FILES})
 
     def compute(
         self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
     ) -> Compute | None:
-        """Return the multiply-adds of one image: of the UNet, and of VAE and text encoders, which are frozen."""
+        """Return the multiply-adds of one image: of what gets adapters, and of the models that are frozen."""
         from luthier_trainer.models import pipelines
-        from luthier_trainer.tasks.diffusion import macs_of
+        from luthier_trainer.tasks.diffusion import learning_part, macs_of
 
         found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
-        return with_adapters(macs_of(found, spec.image.resolution), found["unet"], [], spec)
+        return with_adapters(macs_of(found, spec), learning_part(found, spec), [], spec)
 
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
         from luthier_trainer.models import pipelines
@@ -128,38 +128,33 @@ class TextToImage(LabelledBatches, Task):
         return super().arguments(spec, {**common, "remove_unused_columns": False})
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
-        from luthier_trainer.models import pipelines
+        from luthier_trainer.tasks.diffusion import load_learning
 
-        return LoadedModel(pipelines.load_model(context.model_path, "unet", context.weights["dtype"], inspect.MODEL))
+        return LoadedModel(load_learning(context.model_path, context.spec, context.weights["dtype"], inspect.MODEL))
 
     def trainer(self, context: TrainingContext, model: Any) -> TrainerSetup:
         from luthier_trainer.tasks.diffusion import DiffusionTrainer, RowLosses, load_frozen
 
-        frozen = load_frozen(context.model_path, context.weights["dtype"], inspect.MODEL)
+        frozen = load_frozen(context.model_path, context.spec, context.weights["dtype"], inspect.MODEL)
         gamma = context.spec.image.min_snr_gamma
         options = {"frozen": frozen, "min_snr_gamma": gamma, **measured_by(RowLosses())}
         make_batch = collator(read_tokenizers(context.model_path), context.spec.image.resolution)
         return TrainerSetup(DiffusionTrainer, make_batch, options)
 
     def complete_result(self, folder: Path, model: Any, context: TrainingContext) -> None:
-        """Convert the adapter that PEFT has saved in `folder` to the format of diffusers."""
-        from diffusers import StableDiffusionXLPipeline
-        from safetensors.torch import load_file
+        """Convert the adapter that PEFT has saved in `folder` to the formats of diffusers and of kohya."""
+        from luthier_trainer.tasks.diffusion import ReadingUNet
 
-        saved = folder / PEFT_WEIGHTS
-        weights = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(saved).items()}
-        # diffusers 0.42.1 leaves the dropout of a loaded adapter switched on, so the file says 0. The base's path is
-        # removed, because it names a folder in a pod.
-        described = model.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "base_model_name_or_path": None}
-        StableDiffusionXLPipeline.save_lora_weights(
-            folder, unet_lora_layers=weights, unet_lora_adapter_metadata=described, weight_name=LORA_WEIGHTS
+        base = model.get_base_model()
+        reading = isinstance(base, ReadingUNet)
+        kind = json.loads((context.model_path / PIPELINE_CONFIG).read_text())["_class_name"]
+        lora_files.convert(
+            folder, model.peft_config["default"].to_dict(), base.unet if reading else base, kind, by_part=reading
         )
-        saved.unlink()
-        (folder / ADAPTER_CONFIG).unlink()
 
 
-def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
-    """Check the pipeline in `path`, and return its UNet without weights.
+def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> dict[str, Any]:
+    """Check the pipeline in `path`, and return its models without weights.
 
     Raises Failure if the pipeline does not suit the spec.
     """
@@ -167,10 +162,11 @@ def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
 
     index = pipelines.index_of(path, field)
     models = pipelines.skeletons(path, index, field)
-    if lacking := [name for name in pipelines.MODELS if name not in models]:
+    needed = pipelines.MODELS if index["_class_name"] in checks.XL else pipelines.MODELS[:-1]
+    if lacking := [name for name in needed if name not in models]:
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: the pipeline has no {lacking[0]}; choose a base model of Stable Diffusion XL, not a refiner",
+            f"{field}: the pipeline has no {lacking[0]}; choose a base model of Stable Diffusion, not a refiner",
         )
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
@@ -185,7 +181,38 @@ def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> Any:
             f" {side // unit * unit} or {(side // unit + 1) * unit}",
         )
     check_conditioning(models, side // unit, field)
-    return models["unet"]
+    return models
+
+
+def check_targets(models: Mapping[str, Any], spec: FineTuneJobSpec, field: str) -> None:
+    """Check that the job's targets name modules of the UNet and, if they learn, of each text encoder.
+
+    `models`: of a pipeline. Raises Failure if a target names no module, or if a text encoder would not learn.
+    """
+    import torch
+
+    from luthier_trainer.tasks.diffusion import encoders_of, learning_part
+
+    model = learning_part(models, spec)
+    method = expanded(spec.method, model, [])
+    kind = "the UNet with its text encoders" if spec.image.train_text_encoders else "the UNet"
+    method_checks.check_modules(model, kind, [], method.target_modules, field)
+    if not spec.image.train_text_encoders:
+        return
+    names = adapted_modules(model, method, [])
+    if table := next((name for name in names if isinstance(model.get_submodule(name), torch.nn.Embedding)), None):
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {table} is an embedding, and diffusers loads adapters of linear modules alone; leave it out",
+        )
+    for part in ("unet", *encoders_of(models)):
+        if not any(name.startswith(f"{part}.") for name in names):
+            some = "to_q, to_k, to_v and to_out.0" if part == "unet" else "q_proj, k_proj, v_proj and out_proj"
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"{field}: none of them is in the {part}, which would not learn; add {some}, or set"
+                " image.trainTextEncoders: false",
+            )
 
 
 def check_schedule(config: Mapping[str, Any], field: str) -> None:
@@ -195,7 +222,7 @@ def check_schedule(config: Mapping[str, Any], field: str) -> None:
         found = f"{config.get('_class_name')}, prediction_type {prediction}"
         raise Failure(
             ExitCode.INVALID_SPEC,
-            f"{field}: its scheduler ({found}) adds noise in another way than Stable Diffusion XL does, which cannot be"
+            f"{field}: its scheduler ({found}) adds noise in another way than Stable Diffusion does, which cannot be"
             f" trained here; choose a model with betas and a prediction_type of {' or '.join(PREDICTIONS)}",
         )
 
@@ -207,19 +234,24 @@ def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None
     """
     import torch
 
-    first, second = models["text_encoder"].config, models["text_encoder_2"].config
+    from luthier_trainer.tasks.diffusion import encoders_of
+
+    configs = [encoder.config for encoder in encoders_of(models).values()]
     with torch.device("meta"):
         sample = torch.empty(1, models["vae"].config.latent_channels, side, side)
-        hidden = torch.empty(1, first.max_position_embeddings, first.hidden_size + second.hidden_size)
-        conditions = {"text_embeds": torch.empty(1, second.projection_dim), "time_ids": torch.empty(1, TIME_IDS)}
+        hidden = torch.empty(1, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs))
+        conditions = {}
+        if len(configs) > 1:
+            pooled = torch.empty(1, configs[1].projection_dim)
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, TIME_IDS)}
         try:
-            models["unet"](sample, torch.empty(1), hidden, added_cond_kwargs=conditions)
+            models["unet"](sample, torch.empty(1), hidden, **conditions)
         except Exception as error:  # the blocks of a UNet check their inputs with many types of exceptions
             text = " ".join(str(error).split())[:300]
             raise Failure(
                 ExitCode.INVALID_SPEC,
                 f"{field}: its UNet does not take what its VAE and its text encoders make: {text}. Choose a base model"
-                " of Stable Diffusion XL, not a refiner, and none for inpainting",
+                " of Stable Diffusion, not a refiner, and none for inpainting",
             ) from error
 
 
@@ -287,12 +319,14 @@ def collator(tokenizers: list[PreTrainedTokenizerBase], resolution: int) -> Coll
         """Return a batch of `DiffusionTrainer`. The dataset decodes the images of `rows` when it reads them."""
         frames = [framed(row[PIXELS], resolution) for row in rows]
         captions = [row[CAPTION] for row in rows]
-        return {
+        batch = {
             PIXELS: torch.stack([pixels_of(frame.image) for frame in frames]),
             "input_ids": token_ids(tokenizers[0], captions),
-            "input_ids_2": token_ids(tokenizers[1], captions),
-            "time_ids": torch.tensor([frame.time_ids for frame in frames], dtype=torch.float32),
             ROW: torch.tensor([row[ROW] for row in rows]),
         }
+        if len(tokenizers) > 1:
+            batch["input_ids_2"] = token_ids(tokenizers[1], captions)
+            batch["time_ids"] = torch.tensor([frame.time_ids for frame in frames], dtype=torch.float32)
+        return batch
 
     return collate

@@ -85,7 +85,8 @@ def result_bytes(weights: Weights, strategy: str, processor_bytes: int) -> int:
     """
     deepspeed = strategy in ZERO_STAGE
     if weights.adapters:
-        return weights.learning * (weights.computed_bytes if deepspeed else FP32) + processor_bytes
+        each = weights.learning * (weights.computed_bytes if deepspeed else FP32)
+        return weights.result_files * each + processor_bytes
     return weights.total * (weights.computed_bytes if deepspeed else weights.source_bytes) + processor_bytes
 
 

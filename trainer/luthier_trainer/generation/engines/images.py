@@ -24,13 +24,13 @@ from luthier_trainer.generation.encoding import FORMATS, About, encode
 from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.guidance import check_interval, guided_within
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.generation.loranames import Names
 from luthier_trainer.generation.prompts import Prompts
 from luthier_trainer.generation.records import ImageRecords, line_keys
 from luthier_trainer.generation.refiner import RefiningModel
 from luthier_trainer.generation.samples import Output, Sample, Unusable, padded
 from luthier_trainer.generation.schedulers import eta, make_scheduler, rehearse
 from luthier_trainer.generation.settings import settings
+from luthier_trainer.models.loranames import Names
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
 

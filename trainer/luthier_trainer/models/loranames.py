@@ -105,9 +105,9 @@ def _weighted(model: Any) -> Iterator[str]:
 
 
 def _names_of_unet(unet: Any) -> Iterator[tuple[str, str]]:
-    blocks = _ldm_blocks(unet)
+    blocks = ldm_blocks(unet)
     for module in _weighted(unet):
-        for name in filter(None, (module, _ldm_name(module, blocks))):
+        for name in filter(None, (module, ldm_name(module, blocks))):
             shorter = name.removesuffix(".0") if name.endswith(".to_out.0") else name
             for variant in {name, shorter}:
                 yield variant, module
@@ -127,7 +127,8 @@ def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
             yield f"text_model.{name}", module
 
 
-def _ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:
+def ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:
+    """Return the name in LDM of a module of the UNet; None if it has none. `blocks`: of `ldm_blocks`."""
     if module in LDM:
         return LDM[module]
     block = next((b for b in blocks if module == b or module.startswith(f"{b}.")), None)
@@ -139,7 +140,7 @@ def _ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:
     return f"{blocks[block]}.{inner}".removesuffix(".")
 
 
-def _ldm_blocks(unet: Any) -> dict[str, str]:
+def ldm_blocks(unet: Any) -> dict[str, str]:
     """Return the name of each block in diffusers → its name in LDM.
 
     LDM numbers all layers of the downward path, and of the upward path, consecutively; diffusers numbers them in each
