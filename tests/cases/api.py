@@ -74,19 +74,18 @@ def all_rules() -> Iterator[Rule]:
 
 
 def schemas(kind: str, part: str = "spec") -> Iterator[tuple[str, Document]]:
-    """Path and schema of each field of `part` as the CRD has them; `[]` stands for an item of a list, `{}` for a value
-    of a map.
-    """
+    """Path and schema of each field of `part` as the CRD has them."""
+    return fields_of(part, _drawn(kind)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
 
-    def walk(path: str, node: Document) -> Iterator[tuple[str, Document]]:
-        yield path, node
-        for name, below in node.get("properties", {}).items():
-            yield from walk(f"{path}.{name}", below)
-        for mark, word in (("[]", "items"), ("{}", "additionalProperties")):
-            if isinstance(node.get(word), dict):
-                yield from walk(f"{path}{mark}", node[word])
 
-    return walk(part, _drawn(kind)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part])
+def fields_of(path: str, node: Document) -> Iterator[tuple[str, Document]]:
+    """Path and schema of a field and of all below it; `[]` stands for an item of a list, `{}` for a value of a map."""
+    yield path, node
+    for name, below in node.get("properties", {}).items():
+        yield from fields_of(f"{path}.{name}", below)
+    for mark, word in (("[]", "items"), ("{}", "additionalProperties")):
+        if isinstance(node.get(word), dict):
+            yield from fields_of(f"{path}{mark}", node[word])
 
 
 @cache
