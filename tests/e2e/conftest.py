@@ -114,6 +114,7 @@ def install(images: Images, *values: str) -> None:
         f"trainer.image.pullPolicy={policy}",
         f"hub.endpoint={hub_manifests.url(SYSTEM)}",
         "jobs.pythonRewards=true",
+        "jobs.progressEvery=2",  # the tests wait for the progress of jobs
         *values,
     ]
     subprocess.run(

@@ -67,7 +67,7 @@ ADAPTER = fine_tune(
     model={"job": "base"},
     dataset=REGISTER,
     method={"type": "lora", "rank": 8},
-    training=training(maxSteps=800),  # long enough to be watched
+    training=training(maxSteps=300),  # long enough to be watched
     resources=CPU | {"nodes": 2},
     hub=HUB,
 )
@@ -124,6 +124,6 @@ IMAGES = generate(
     model={"path": "/data/sdxl"},
     shards=2,
     batchSize=2,
-    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(96)]},
+    inputs={"rows": [{"prompt": f"a lute on a bench, study {i}", "seed": i} for i in range(60)]},
     image={"scheduler": "euler", "steps": 20, "width": 64, "height": 64, "guidance": 5.0},
 )

@@ -74,31 +74,41 @@ def until_resumed(kube: Kube, name: str, step: int) -> None:
         time.sleep(2)
 
 
-def test_a_plan_costs_no_run_and_the_job_can_go_on_from_it(kube: Kube) -> None:
-    kube.apply(lora("planned", training=jobs.training(maxSteps=2), planOnly=True))
+def test_a_plan_costs_no_run_and_the_job_can_go_on_from_it_and_goes_after_its_time(kube: Kube) -> None:
+    """Its result stays."""
+    kube.apply(
+        lora(
+            "planned",
+            training=jobs.training(maxSteps=2),
+            planOnly=True,
+            ttlSecondsAfterFinished=5,
+            workspace={"size": "1Gi"},
+        )
+    )
     job = kube.until("ftj", "planned", lambda o: o["status"].get("state") == "Planned", timeout=120, what="Planned")
     assert job["status"]["prepared"]["plan"]["steps"] == 2
     time.sleep(3)
     assert kube.list("jobsets", "luthier.dev/job=planned") == []
     patch(kube, "planned", planOnly=False)
     kube.complete("ftj", "planned")
+    deadline = time.monotonic() + 60
+    while kube.get("ftj", "planned") is not None:
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(1)
+    kube.until_gone("pods", "luthier.dev/job=planned", timeout=90)
+    assert kube.get("pvc", "ftj-planned") is not None
 
 
-def test_a_deadline_ends_the_job(kube: Kube) -> None:
-    kube.apply(lora("late", training=jobs.training(maxSteps=100_000), activeDeadlineSeconds=25))
-    job = kube.failed("ftj", "late", timeout=120)
-    assert conditions(job)["Failed"]["reason"] == "DeadlineExceeded"
-    assert "spec.activeDeadlineSeconds" in conditions(job)["Failed"]["message"]
-    kube.until_gone("pods", "luthier.dev/job=late,luthier.dev/phase=run", timeout=90)
-
-
-def test_a_failed_job_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kube) -> None:
-    kube.apply(lora("repaired", training=jobs.training(maxSteps=100_000, saveSteps=100_000), activeDeadlineSeconds=80))
+def test_a_job_that_its_deadline_ends_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kube) -> None:
+    kube.apply(lora("repaired", training=jobs.training(maxSteps=100_000, saveSteps=100_000)))
     kube.until(
         "ftj", "repaired", lambda o: (o["status"].get("progress") or {}).get("step"), timeout=180, what="at a step"
     )
+    patch(kube, "repaired", activeDeadlineSeconds=1)  # as if it had had it from the beginning
     job = kube.failed("ftj", "repaired", timeout=120)
     kube.until_gone("pods", "luthier.dev/job=repaired,luthier.dev/phase=run", timeout=90)
+    assert conditions(job)["Failed"]["reason"] == "DeadlineExceeded"
+    assert "spec.activeDeadlineSeconds" in conditions(job)["Failed"]["message"]
     assert conditions(job)["Failed"]["message"].endswith("set spec.retry: 1 to try again as it is")
     saved = saved_step(kube, "repaired")
     limits = job["spec"]["resources"] | {"memory": "3Gi"}
@@ -108,19 +118,6 @@ def test_a_failed_job_goes_on_from_its_checkpoint_when_a_field_changes(kube: Kub
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["memory"] == "3Gi"
     kube.delete("ftj", "repaired")
-
-
-def test_a_finished_job_goes_after_its_time_and_its_result_stays(kube: Kube) -> None:
-    kube.apply(
-        lora("fleeting", training=jobs.training(maxSteps=2), ttlSecondsAfterFinished=5, workspace={"size": "1Gi"})
-    )
-    kube.complete("ftj", "fleeting")
-    deadline = time.monotonic() + 60
-    while kube.get("ftj", "fleeting") is not None:
-        assert time.monotonic() < deadline, "it is still there"
-        time.sleep(1)
-    kube.until_gone("pods", "luthier.dev/job=fleeting", timeout=90)
-    assert kube.get("pvc", "ftj-fleeting") is not None
 
 
 def test_gpus_are_asked_for_and_missed_with_a_word(kube: Kube) -> None:
