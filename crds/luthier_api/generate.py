@@ -743,12 +743,12 @@ class GenerateResources(ApiModel):
     """GPUs of each shard: 1, or 0 to run on CPU."""
     gpu_class: Annotated[ObjectName | None, LAYOUT] = None
     """Kind of GPU, by the name that the administrator has given it (`gpuClasses` of the chart): which resource is
-    requested, on which nodes, and for how much memory images are planned. Left out: that of the namespace, or else any
-    GPU.
+    requested, on which nodes, and for how much memory images and texts are planned. Left out: that of the namespace, or
+    else any GPU.
     """
     gpu_memory: Annotated[GpuBytes | None, LAYOUT] = None
-    """Memory of the GPU, for which images are planned, for example 24Gi. Left out: that of the class of GPUs, if the
-    administrator has given it. Only the plan depends on it: it requests nothing.
+    """Memory of the GPU, for which images and texts are planned, for example 24Gi. Left out: that of the class of GPUs,
+    if the administrator has given it. Only the plan depends on it: it requests nothing.
     """
     cpu: Annotated[Cores | None, CIRCUMSTANCES] = None
     """CPU request of each shard, in cores, for example 8 or 500m; none when left out."""

@@ -276,7 +276,9 @@ AUDIO_FORMATS: tuple[DatasetFormat, ...] = ("csv", "json", "jsonl", "parquet", "
 
 RESULT_OPTIONS: dict[str, Any] = {"model.job": None}
 """Fields of the tasks that can work with the result of a FineTuneJob as their model."""
-READING_OPTIONS: dict[str, Any] = RESULT_OPTIONS | {"inputs.truncate": False}
+QUANTIZED_OPTIONS: dict[str, Any] = {"model.quantization": None}
+"""Fields of the tasks of a GenerateJob whose models are of transformers, which quantises them on loading."""
+READING_OPTIONS: dict[str, Any] = RESULT_OPTIONS | QUANTIZED_OPTIONS | {"inputs.truncate": False}
 """Fields of the tasks of a GenerateJob that read a text in one pass of the model."""
 PEFT_OPTIONS: dict[str, Any] = dict.fromkeys(
     f"method.{name}" for name in ("rslora", "dora", "rankPattern", "alphaPattern", "layers", "initLoraWeights")
@@ -530,7 +532,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"question": "question", "context": "context"},
             optional_columns={},
             settings="answers",
-            options=RESULT_OPTIONS,
+            options=RESULT_OPTIONS | QUANTIZED_OPTIONS,
             metrics=ANSWER_METRICS,
         ),
     ),
@@ -661,7 +663,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image"},
             optional_columns={},
             settings="classify",
-            options=RESULT_OPTIONS,
+            options=RESULT_OPTIONS | QUANTIZED_OPTIONS,
         ),
     ),
     "audio-classification": TaskInfo(
@@ -707,8 +709,9 @@ TASKS: Mapping[str, TaskInfo] = {
             optional_columns={TOOLS: None, "seed": "seed"},
             settings="text",
             options=RESULT_OPTIONS
+            | QUANTIZED_OPTIONS
             | {"text.chat": False, "text.jsonSchema": None, "text.systemPrompt": None, "text.regex": None}
-            | {"inputs.form": "columns", "model.quantization": None, "text.offload": "none"},
+            | {"inputs.form": "columns", "text.offload": "none"},
             metrics=WRITTEN_METRICS,
         ),
     ),
@@ -786,6 +789,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"image": "image"},
             optional_columns={SEED: "seed"},
             settings="text",
+            options=QUANTIZED_OPTIONS,
         ),
     ),
     "image-to-image": TaskInfo(
@@ -806,7 +810,7 @@ TASKS: Mapping[str, TaskInfo] = {
             columns={"audio": "audio"},
             optional_columns={},
             settings="transcribe",
-            options=RESULT_OPTIONS,
+            options=RESULT_OPTIONS | QUANTIZED_OPTIONS,
             metrics=SPEECH_METRICS,
         ),
     ),

@@ -2463,9 +2463,9 @@ CASES: list[Case] = [
         base=GENERATE,
     ),
     Case(
-        message="spec.model.quantization: applies to text-generation;",
-        refused=SUMMARIES | quantised("nf4"),
-        accepted=quantised("nf4"),
+        message="spec.model.quantization: applies to text-classification,",
+        refused=PICTURES | quantised("nf4"),
+        accepted=SUMMARIES | quantised("nf4"),
         base=GENERATE,
     ),
     Case(

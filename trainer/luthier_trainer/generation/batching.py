@@ -89,17 +89,9 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         raise Failure(
             ExitCode.INVALID_SPEC, f"spec.model: the {kind} can be loaded, but not generate: {what}"
         ) from error
-    if mixes_rows(model):
-        notice(
-            "spec.model: LLM.int8() (bitsandbytes 0.50) rounds the activations of a text by those of all texts beside"
-            " it. So prompts are worked on one by one, which takes longer; spec.batchSize has no effect"
-        )
+    if needs_to_be_alone(model):
         return "none"
-    smallest = (
-        SMALLEST[torch.bfloat16]
-        if getattr(model, "is_quantized", False)
-        else SMALLEST.get(model.dtype, SMALLEST[torch.bfloat16])
-    )
+    smallest = smallest_difference(model)
     rounding = difference(alone[:1], followed_logits(model, prompt, padding, length))
     limit = max(smallest, ROUNDING * rounding) if rounding < torch.inf else smallest
     # The second text of the batch has the full length here, and the length of the prompt below.
@@ -124,6 +116,23 @@ def find_sharing(model: PreTrainedModel, prompt: Sequence[int], padding: int, le
         " longer; spec.batchSize has no effect"
     )
     return "none"
+
+
+def smallest_difference(model: PreTrainedModel) -> float:
+    """Return the smallest difference of the logits that counts, in standard deviations."""
+    coarse = SMALLEST[torch.bfloat16]
+    return coarse if getattr(model, "is_quantized", False) else SMALLEST.get(model.dtype, coarse)
+
+
+def needs_to_be_alone(model: PreTrainedModel) -> bool:
+    """Return whether rows must be worked on one by one, as the model rounds a row by others. Gives notice if so."""
+    if not mixes_rows(model):
+        return False
+    notice(
+        "spec.model: LLM.int8() (bitsandbytes 0.50) rounds the activations of a row by those of all rows beside it. So"
+        " rows are worked on one by one, which takes longer; spec.batchSize has no effect"
+    )
+    return True
 
 
 def mixes_rows(model: PreTrainedModel) -> bool:

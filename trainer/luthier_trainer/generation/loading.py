@@ -15,9 +15,12 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.tasks import TASKS
 from luthier_trainer.generation.hardware import Hardware
+from luthier_trainer.methods import quantization
 from luthier_trainer.models import inspect
 from luthier_trainer.models.adapters import names_in
+from luthier_trainer.models.heads import heads_of
 from luthier_trainer.models.merge import add_adapters, outputs_of
+from luthier_trainer.models.quantised_base import check_rows
 from luthier_trainer.models.sources import OWN_WEIGHTS
 from luthier_trainer.models.weight_check import some
 from luthier_trainer.runtime.failure import Failure
@@ -30,13 +33,14 @@ HEAD_SETTINGS = ("problem_type",)
 def load_with_adapters(spec: GenerateJobSpec, path: Path, adapters: Sequence[Path], hardware: Hardware) -> Any:
     """Return the model in `path` for the task of the job, on its device, in its precision, without dropout.
 
-    Adapters are merged in fp32, and the result is rounded once. Raises Failure if model and adapters do not fit, or if
-    a weight would be initialised randomly.
+    Adapters are merged in fp32, and the result is rounded once. `model.quantization` quantises linear layers while they
+    are loaded; the API allows no adapters beside it. Raises Failure if model and adapters do not fit, or if a weight
+    would be initialised randomly.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     used = [folder for folder, adapter in zip(adapters, spec.adapters, strict=True) if adapter.weight != 0]
-    options = head_options(used)
+    options = head_options(used) | quantised_options(spec, path, hardware)
     model, report = inspect.auto_class(spec.task).from_pretrained(
         path,
         dtype=torch.float32 if used else hardware.dtype,
@@ -56,8 +60,27 @@ def load_with_adapters(spec: GenerateJobSpec, path: Path, adapters: Sequence[Pat
             f"spec.model: {path} holds no weights for {some(lost)} of a {type(model).__name__}; choose a model that was"
             f" trained for {spec.task}",
         )
+    if spec.model.quantization:
+        if hardware.device == "cpu":
+            check_rows(model, "spec.model", "Remove model.quantization, or use a GPU")
+        quantised: PreTrainedModel = model.eval()
+        return quantised
     merged: PreTrainedModel = add_adapters(model, adapters, [a.weight for a in spec.adapters], "spec.adapters")
     return merged.to(torch.device(hardware.device), hardware.dtype).eval()
+
+
+def quantised_options(spec: GenerateJobSpec, path: Path, hardware: Hardware) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for `model.quantization`; none without it.
+
+    Heads stay as they are, as in a training: they are small, and decide what is answered.
+    """
+    if not spec.model.quantization:
+        return {}
+    settings = quantization.settings_for(spec.model.quantization.type, hardware.dtype)
+    if TASKS[spec.task].head:
+        skeleton = inspect.skeleton(inspect.read_config(path, "spec.model"), spec.task, "spec.model")
+        settings.llm_int8_skip_modules = heads_of(skeleton, spec.task)
+    return {"quantization_config": settings, "device_map": {"": torch.device(hardware.device)}}
 
 
 def head_options(adapters: Sequence[Path]) -> dict[str, Any]:

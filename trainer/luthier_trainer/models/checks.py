@@ -18,6 +18,8 @@ from luthier_trainer.runtime.failure import Failure
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from luthier_api.methods import QuantizationType
+
 XL = ("StableDiffusionXLPipeline",)
 PIPELINES = (*XL, "StableDiffusionPipeline")
 REFINERS = ("StableDiffusionXLImg2ImgPipeline",)
@@ -161,17 +163,22 @@ def check_stored_type(config: PreTrainedConfig, wanted: str, field: str) -> None
 
     transformers would load them in their stored type whatever the job asks for. Raises Failure if the types differ.
     """
-    stored = dict(getattr(config, "quantization_config", None) or {})
-    if not stored:
-        return
-    # fp4 is the default of bitsandbytes.
-    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
-    if kind != wanted:
+    kind = stored_type(config)
+    if kind not in (None, wanted):
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: its weights are quantised already, in {kind}, and the job asks for {wanted}; set method.type:"
             f" lora and model.quantization.type: {kind}, or choose the unquantised model",
         )
+
+
+def stored_type(config: PreTrainedConfig) -> QuantizationType | None:
+    """Return the type in which bitsandbytes has quantised the stored weights; None if it has not."""
+    stored = dict(getattr(config, "quantization_config", None) or {})
+    if stored.get("quant_method") != "bitsandbytes":
+        return None
+    # fp4 is the default of bitsandbytes.
+    return "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4")
 
 
 def check_pipeline(folder: Path, field: str, kinds: Collection[str] = PIPELINES) -> None:

@@ -355,13 +355,15 @@ def size_of(weight: torch.Tensor, kind: QuantizationType | None) -> int:
 
 
 def quantised_layers(model: Any) -> dict[str, Any]:
-    """Return name → linear layer that bitsandbytes quantises: all but the output embeddings and heads."""
+    """Return name → linear layer that bitsandbytes quantises: all but the output embeddings, heads, and layers that the
+    model wants in fp32, such as one of T5's.
+    """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
 
     from luthier_trainer.models.heads import HEADS
 
-    kept = {*get_keys_to_not_convert(model), *HEADS}
+    kept = {*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ()), *HEADS}
     return {
         name: module
         for name, module in model.named_modules()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
+from luthier_api.methods import QUANTIZATIONS
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import Plan
@@ -21,7 +22,7 @@ from luthier_trainer.generation.rows import Line
 from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import generation_files, image_plan, references
+from luthier_trainer.prepare import generation_files, image_plan, references, text_plan
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 SYSTEM_ROLES = ("system", "developer")  # roles of a message that says how to answer
 MODEL, CHAT, REFINER = "spec.model", "spec.text.chat", "spec.image.refiner"
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
+ROWS = "rows.jsonl"  # the prepared rows
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
 OTHER_TOKENIZER = (
     "Take the tokenizer that belongs to the model, or give these rows in a FineTuneJob with model.resizeEmbeddings:"
@@ -75,7 +77,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
     others = (located, *found, *([refiner] if refiner else []))
-    target = folder.prepared / "rows.jsonl"
+    target = folder.prepared / ROWS
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
     generation_files.report_distorted(run, rows)
@@ -275,11 +277,35 @@ def check_memory_settings(config: PreTrainedConfig, spec: GenerateJobSpec) -> No
         if not spec.resources.gpus:
             remedy = "remove model.quantization, or use a GPU"
             check_quantisable(config, spec.model.quantization.type, f"{MODEL}.quantization", remedy)
+        check_layers(config, spec)
     if spec.text and spec.text.offload == "layers" and stored == "bitsandbytes":
         raise Failure(
             ExitCode.INVALID_SPEC,
             "spec.text.offload: packed weights of bitsandbytes stay on the GPU; remove it, or choose the unquantised"
             " model",
+        )
+
+
+def check_layers(config: PreTrainedConfig, spec: GenerateJobSpec) -> None:
+    """Raise Failure if `model.quantization` would change no layer, or one that cannot be read on a CPU."""
+    from luthier_trainer.models.memory import quantised_layers  # imports torch
+
+    assert spec.model.quantization, "asked by the caller"
+    kind, field = spec.model.quantization.type, f"{MODEL}.quantization"
+    layers = quantised_layers(inspect.skeleton(config, spec.task, MODEL))
+    if not layers:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: bitsandbytes quantises linear layers, and {config.model_type} has none but its head; remove it",
+        )
+    multiple = QUANTIZATIONS[kind].cpu_multiple
+    inputs = {name: getattr(layer, "in_features", layer.weight.shape[0]) for name, layer in layers.items()}
+    odd = [f"{name} has {width}" for name, width in inputs.items() if width % multiple]
+    if odd and not spec.resources.gpus:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"{field}: {kind} on CPU needs layers whose inputs are a multiple of {multiple}, and {odd[0]}; remove it,"
+            " or use a GPU",
         )
 
 
@@ -410,9 +436,8 @@ CHECKED_TOGETHER: Mapping[
 
 
 def plan_texts(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
-    """Return `plan` with what waits elsewhere, which the job says itself."""
-    offload = run.spec.text.offload if run.spec.text else None
-    return plan.model_copy(update={"offload": offload})
+    """Return `plan` with what the texts need of the GPU. Raises Failure if that is more than it has."""
+    return text_plan.fitted(run, plan, path, WorkspaceFolder(Path(run.workspace)).prepared / ROWS)
 
 
 def plan_images(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:

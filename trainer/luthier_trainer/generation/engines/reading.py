@@ -22,7 +22,7 @@ from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.tasks import TASKS
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.batching import SMALLEST
+from luthier_trainer.generation.batching import needs_to_be_alone, smallest_difference
 from luthier_trainer.generation.engines.base import Batched
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loading import load_with_adapters
@@ -103,7 +103,8 @@ class ReadingEngine(Batched):
         return cls(run.spec, model, tokenizer if tokenizer.exists() else Path(prepared.model_path), batch_size)
 
     def __init__(self, spec: GenerateJobSpec, model: PreTrainedModel, processor: Path, batch_size: int) -> None:
-        self.spec, self.model, self.batch_size = spec, model, batch_size
+        alone = needs_to_be_alone(model)
+        self.spec, self.model, self.batch_size = spec, model, 1 if alone else batch_size
         self.tokenizer = read_tokenizer(processor, "spec.model")
         self.padding = self.tokenizer.pad_token_id or 0
         self.arguments = set(signature(model.forward).parameters)
@@ -115,7 +116,7 @@ class ReadingEngine(Batched):
         """Texts that were encoded with others, which is faster than one by one, until they are read."""
         self.found: dict[tuple[int, int], Read] = {}
         """What samples are read as, from the first question about them until they are made."""
-        self.pads = self.ignores_padding()
+        self.pads = not alone and self.ignores_padding()
 
     @abstractmethod
     def read(self, sample: Sample) -> Read:
@@ -188,8 +189,7 @@ class ReadingEngine(Batched):
             return False
         alone, padded = self.forward([short], short.length)[0], self.forward([short, long], long.length + 2)[0]
         scale = max(float(alone.abs().max()), 1e-6)
-        limit = SMALLEST.get(self.model.dtype, SMALLEST[torch.bfloat16])
-        if float((alone - padded).abs().max()) <= limit * scale:
+        if float((alone - padded).abs().max()) <= smallest_difference(self.model) * scale:
             return True
         notice(
             f"spec.model: {self.model.config.model_type} answers otherwise when a text is padded. So only texts of"

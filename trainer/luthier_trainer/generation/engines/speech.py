@@ -17,6 +17,7 @@ from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import audio
+from luthier_trainer.generation.batching import needs_to_be_alone
 from luthier_trainer.generation.engines.base import batches, read_ahead
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.loading import load_with_adapters
@@ -83,7 +84,8 @@ class SpeechEngine:
         return cls(run.spec, model, WorkspaceFolder(Path(run.workspace)), batch_size)
 
     def __init__(self, spec: GenerateJobSpec, model: PreTrainedModel, folder: WorkspaceFolder, batch_size: int) -> None:
-        self.spec, self.model, self.batch_size = spec, model, batch_size
+        self.spec, self.model = spec, model
+        self.batch_size = 1 if needs_to_be_alone(model) else batch_size
         processor = read_speech_processor(folder.prepared / PROCESSOR, "spec.model")
         self.tokenizer, self.hearing = processor.tokenizer, Hearing.up_to(processor.feature_extractor, None)
         self.recordings = Recordings(folder)

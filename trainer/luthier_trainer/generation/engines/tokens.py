@@ -32,7 +32,9 @@ class TokenEngine(AnsweringEngine):
 
     def __init__(self, spec: GenerateJobSpec, model: PreTrainedModel, processor: Path, batch_size: int) -> None:
         super().__init__(spec, model, processor, batch_size)
-        self.pipeline = TokenClassificationPipeline(model=model, tokenizer=self.tokenizer, device=model.device)
+        # A model with a map of devices, which a quantised one has, takes no other.
+        device = None if getattr(model, "hf_device_map", None) else model.device
+        self.pipeline = TokenClassificationPipeline(model=model, tokenizer=self.tokenizer, device=device)
 
     def text_of(self, sample: Sample) -> str | None:
         divided = self.spec.entities.stride is not None and self.limit is not None
