@@ -71,6 +71,11 @@ class Columns(ApiModel):
     """A text that does not belong to the anchor. Rows have none when left out."""
     image: Annotated[ShortText, For("task")] = by_table()
     """The image to classify or to learn, with 8 bits a channel."""
+    prior: Annotated[ShortText | None, For("task")] = by_table()
+    """Prior preservation (DreamBooth, arXiv:2208.12242): whether an image shows what the model shall go on to make of a
+    class, such as any dog beside yours: true or false, or 1 or 0. An image to learn and one of the class make a pair,
+    whose losses are added (image.priorLossWeight). All images are learnt alike when left out.
+    """
     audio: Annotated[ShortText, For("task")] = by_table()
     """The audio: the path of a WAV, FLAC, MP3 or Ogg file, from / on or relative to the file of the rows; or the file
     itself, as bytes or as the feature Audio of datasets. Several channels are mixed down to one.

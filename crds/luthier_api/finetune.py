@@ -42,6 +42,10 @@ class TrainingImages(ApiModel):
     count less. A row whose signal-to-noise ratio is above this number counts in the loss as one with this ratio. All
     timesteps count alike when left out. evalLoss counts them alike in any case.
     """
+    prior_loss_weight: Annotated[float | None, Field(gt=0, le=100)] = None
+    """How much the loss of an image of the class counts beside that of the image to learn (dataset.columns.prior); 1
+    when left out.
+    """
     train_text_encoders: bool = False
     """Whether the text encoders learn beside the UNet: one of Stable Diffusion 1.5 and 2, both of XL. They get adapters
     on the modules that method.targetModules names; q_proj, k_proj, v_proj and out_proj are those of their attention.

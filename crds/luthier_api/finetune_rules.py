@@ -147,6 +147,11 @@ RULES: tuple[Rule, ...] = (
     ),
     *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
     Rule(
+        "!has(self.image) || !has(self.image.priorLossWeight) || has(self.dataset.columns) &&"
+        " has(self.dataset.columns.prior)",
+        "spec.image.priorLossWeight: weighs the images that dataset.columns.prior marks; set that column, or remove it",
+    ),
+    Rule(
         f"!(self.task in {COMPUTE_LOGITS}) || {NO_ROWS_IN_ADAPTER}",
         "spec.model: TRL (1.16) computes the logits of this task without what an adapter holds of the output layer;"
         " use method.type: full, or add the tokens in a job of task causal-lm and name it in model.job",

@@ -720,6 +720,7 @@ TASKS: Mapping[str, TaskInfo] = {
         pipeline_tag="text-to-image",
         training=TrainingTask(
             columns={"image": "image", "text": "text"},
+            optional_columns={"prior": None},
             formats=IMAGE_FORMATS,
             methods=("lora",),
             strategies=("auto", "ddp"),

@@ -516,6 +516,7 @@ MARKS: list[Case] = [
             (EMBEDDING, "dataset.columns.anchor", {"spec.dataset.columns": {"anchor": "a"}}),
             (EMBEDDING, "dataset.columns.positive", {"spec.dataset.columns": {"positive": "a"}}),
             (EMBEDDING, "dataset.columns.negative", {"spec.dataset.columns": {"negative": "a"}}),
+            (PICTURES, "dataset.columns.prior", {"spec.dataset.columns": {"prior": "a"}}),
         )
     ),
     Case(
@@ -586,6 +587,11 @@ MARKS: list[Case] = [
         message="spec.image: applies to text-to-image;",
         refused={"spec.image": {}},
         accepted=PICTURES | {"spec.image": {}},
+    ),
+    Case(
+        message="spec.image.priorLossWeight: weighs the images that dataset.columns.prior marks; set that column, or",
+        refused=PICTURES | {"spec.image": {"priorLossWeight": 0.5}},
+        accepted=PICTURES | {"spec.image": {"priorLossWeight": 0.5}, "spec.dataset.columns": {"prior": "class"}},
     ),
     Case(
         message=f"spec.model.job: applies to {fitting('model.job')}; set model.id or model.path",

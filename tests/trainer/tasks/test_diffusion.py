@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,10 +92,13 @@ def plain_conditions(pipe: Any, caption: str, size: tuple[int, int], top_left: t
     return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 
-def plain_losses(pipe: Any, unet: Any, schedule: DDPMScheduler, drawn: Any) -> torch.Tensor:
+def plain_losses(
+    pipe: Any, unet: Any, schedule: DDPMScheduler, drawn: Any, rows: Sequence[dict[str, Any]] = ROWS
+) -> torch.Tensor:
     """What the pipeline's own methods and diffusers' scheduler make of the rows, one by one."""
     losses = []
-    for i, (row, (width, height)) in enumerate(zip(ROWS, SIZES, strict=True)):
+    for i, row in enumerate(rows):
+        width, height = row["pixel_values"].size
         scale = SIDE / min(width, height)
         box = ((width - min(width, height)) / 2, (height - min(width, height)) / 2)
         square = row["pixel_values"].resize(
@@ -134,6 +137,34 @@ def test_loss_is_that_of_plain_diffusers(
         expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn)
     torch.testing.assert_close(outputs["losses"], expect, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, expect.sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+OF_CLASS = [
+    {"pixel_values": picture((48, 48), 7), "caption": "an instrument"},
+    {"pixel_values": picture((32, 80), 8), "caption": "a picture of an instrument"},
+]
+PAIRS = [
+    row | {f"prior_{name}": value for name, value in other.items()} for row, other in zip(ROWS, OF_CLASS, strict=True)
+]
+
+
+@pytest.mark.parametrize("gamma", [None, 0.1])
+def test_prior_preservation_is_that_of_dreambooth(
+    make: Callable[..., DiffusionTrainer], pipe: StableDiffusionXLPipeline, gamma: float | None
+) -> None:
+    """By diffusers' train_dreambooth_lora_sdxl.py: `loss + args.prior_loss_weight * prior_loss`, means over a batch."""
+    trainer = make(prior_weight=0.5, min_snr_gamma=gamma)
+    trainer.model.train()
+    drawn = draw_for_training(SEED, STEP, [0, 1], LATENT, 1000, priors=True)
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(PAIRS))
+        losses = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn, [*ROWS, *OF_CLASS])
+    weights = torch.ones(2)
+    if gamma is not None:
+        weights = (gamma / compute_snr(trainer.frozen.schedule, drawn.timesteps[:2])).clamp(max=1)
+    expect = (weights * losses[:2]).mean() + 0.5 * losses[2:].mean()
+    torch.testing.assert_close(loss, expect, rtol=1e-4, atol=1e-6)
+    assert len({*drawn.timesteps.tolist()}) == 4
 
 
 TARGETS = ["to_q", "to_v", "q_proj", "v_proj"]

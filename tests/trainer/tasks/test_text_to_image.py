@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import load_from_disk
 from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from prepared_workspace import losses, without_the_machine
@@ -345,6 +346,17 @@ def caption(text: str) -> Callable[[Path], object]:
     return spoil
 
 
+def marked(*priors: Any) -> Callable[[Path], object]:
+    """Say in metadata.jsonl which images are those of a class, in turn."""
+
+    def spoil(folder: Path) -> None:
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        lines = [json.dumps(row | {"class": priors[i % len(priors)]}) for i, row in enumerate(rows)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+    return spoil
+
+
 def of_edm(folder: Path) -> None:
     """A scheduler whose noise has no betas, as that of Playground v2.5."""
     EDMEulerScheduler().save_pretrained(folder / "scheduler")
@@ -426,6 +438,26 @@ MISTAKES = [
         code=ExitCode.INVALID_DATASET,
     ),
     Mistake(
+        name="a column of the class that is not there",
+        spec={"dataset": {"columns": {"prior": "class"}}},
+        message='spec.dataset.columns.prior: no column "class" in',
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
+        name="an image of which is not said whether it shows the class",
+        pictures=marked(True, False, None),
+        spec={"dataset": {"columns": {"prior": "class"}}},
+        message='spec.dataset.columns.prior: column "class" of lutes is neither true nor false in 4 of 14 rows. The',
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
+        name="images of the class alone",
+        pictures=marked(True),
+        spec={"dataset": {"columns": {"prior": "class"}}},
+        message="spec.dataset.columns.prior: is true, so that nothing is to be learnt, in all 10 training rows; mark",
+        code=ExitCode.INVALID_DATASET,
+    ),
+    Mistake(
         name="a column of captions that is not there",
         spec={"dataset": {"columns": {"text": "prompt"}}},
         message='spec.dataset.columns.text: no column "prompt" in',
@@ -449,6 +481,25 @@ def test_mistakes_end_in_prepare(case: Mistake, sdxl: Path, pictures: Path, tmp_
         prepare.main(job(tmp_path / "style", model, data, **case.spec))
     assert str(refused.value).startswith(case.message)
     assert refused.value.code == case.code
+
+
+def test_images_of_a_class_are_learnt_beside_the_others(sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+    """Five images to learn, and nine of the class: nine pairs, as `index % number` of DreamBooth's dataset."""
+    data = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    marked(True, False, True)(data)
+    columns, training = {"prior": "class"}, {"maxSteps": 1, "batchSize": 2, "microBatchSize": 1}
+    run = job(tmp_path / "style", sdxl, data, dataset={"columns": columns, "evalFraction": None}, training=training)
+    prepare.main(run)
+    (said,) = [text for text in notices.given() if text.startswith("spec.dataset.columns.prior")]
+    assert "5 images are learnt beside 9 of the class: 9 rows in an epoch" in said
+    found = load_from_disk(read_prepared(run).dataset_path)["train"]
+    learnt, of_class = [1, 4, 7, 10, 13], [0, 2, 3, 5, 6, 8, 9, 11, 12]
+    assert found["caption"][:] == [f"lute number {learnt[i % 5]}" for i in range(9)]
+    assert found["prior_caption"][:] == [f"lute number {i}" for i in of_class]
+    assert [row["prior_pixel_values"].size[0] for row in found] == [40 + 4 * i for i in of_class]
+    metrics = train.main(run).metrics
+    assert metrics is not None
+    assert metrics["trainLoss"] > 1.5, "the sum of two losses of about 1"
 
 
 def test_a_long_caption_is_noticed(sdxl: Path, pictures: Path, tmp_path: Path) -> None:

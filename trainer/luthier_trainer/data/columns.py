@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 10_000  # rows of a batch
 SHOWN = 10  # names in a message
+BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # how cells write them
 
 
 def require(rows: Rows, column: str, field: str, taken: Collection[str] = ()) -> None:

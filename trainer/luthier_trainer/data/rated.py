@@ -30,7 +30,6 @@ RATED = "rated"  # the column of JSON text
 NEEDED = ("completion", "label")
 TITLE = "answers with a label"
 ENCODED = ("prompt_ids", "completion_ids")  # the names in TRL, which drops columns with other names
-GOOD = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 ROWS_AT_ONCE = 1000
 MOST_EVEN = 4 / 3  # weighted good answers for each bad one; up to here, the authors of KTO found no harm (Eq. 8)
 
@@ -166,7 +165,7 @@ def _rated(cells: dict[str, Any]) -> dict[str, Any] | None:
 
 def _label(value: Any) -> bool:
     """Return whether an answer is good. Raises Malformed if the cell does not say it."""
-    good = GOOD.get(str(value).strip().lower())
+    good = columns.BOOLEANS.get(str(value).strip().lower())
     if good is None:
         raise Malformed(f"its label is {shown(value)}; labels are true or false, or 1 or 0")
     return good

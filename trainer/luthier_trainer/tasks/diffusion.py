@@ -25,7 +25,7 @@ from luthier_api.run import Compute
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.compute import count_operations, of_images
 from luthier_trainer.tasks.images import PIXELS, ROW
-from luthier_trainer.tasks.text_to_image import TIME_IDS
+from luthier_trainer.tasks.text_to_image import TIME_IDS, images_of_a_row
 from luthier_trainer.workspace.flops import MULTIPLY_ADD
 
 GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover the unit interval evenly
@@ -138,9 +138,15 @@ def draw(keys: Sequence[str], shape: torch.Size, timesteps: int) -> Draw:
     return Draw(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
-def draw_for_training(seed: int, step: int, rows: Sequence[int], shape: torch.Size, timesteps: int) -> Draw:
-    """Return random numbers that are different in each step. `rows`: numbers of the rows in their split."""
-    return draw([f"{seed}:{step}:{row}" for row in rows], shape, timesteps)
+def draw_for_training(
+    seed: int, step: int, rows: Sequence[int], shape: torch.Size, timesteps: int, priors: bool = False
+) -> Draw:
+    """Return random numbers that are different in each step. `rows`: numbers of the rows in their split.
+
+    `priors`: whether the images of the class follow, one for each row.
+    """
+    keys = [f"{seed}:{step}:{row}" for row in rows]
+    return draw([*keys, *(f"{key}:prior" for key in keys if priors)], shape, timesteps)
 
 
 def draw_for_evaluation(seed: int, rows: Sequence[int], shape: torch.Size, timesteps: int) -> Draw:
@@ -222,11 +228,13 @@ class DiffusionTrainer(Trainer):
     """Trains the adapter of a UNet, or of a `ReadingUNet`.
 
     Its batches have `pixel_values`, `input_ids` and `labels` (the numbers of the rows), those of XL also `input_ids_2`
-    and `time_ids`.
+    and `time_ids`. With prior preservation, the images of the class follow those to learn, one for each row.
     """
 
-    def __init__(self, *, frozen: FrozenModels, min_snr_gamma: float | None = None, **kwargs: Any) -> None:
-        """`min_snr_gamma`: None: all timesteps count alike."""
+    def __init__(
+        self, *, frozen: FrozenModels, min_snr_gamma: float | None = None, prior_weight: float = 1.0, **kwargs: Any
+    ) -> None:
+        """`min_snr_gamma`: None: all timesteps count alike. `prior_weight`: of the images of the class."""
         model, args = kwargs["model"], kwargs["args"]
         # transformers would set `use_cache` in the configuration, but those of diffusers cannot be changed.
         model.config = None
@@ -236,7 +244,9 @@ class DiffusionTrainer(Trainer):
             model.get_base_model().enable_gradient_checkpointing()
             args.activation_checkpointing = False
         super().__init__(compute_loss_func=self._loss, **kwargs)
-        self.frozen, self.min_snr_gamma = frozen, min_snr_gamma
+        self.frozen, self.min_snr_gamma, self.prior_weight = frozen, min_snr_gamma, prior_weight
+        self._rows = 0
+        """Rows of the present batch."""
         self._weights: torch.Tensor | None = None
         """How much the rows of the present batch count, fp32 [rows]; None: all alike."""
         self.frozen.to(self.args.device)
@@ -246,18 +256,26 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Return the loss of a batch; with `return_outputs` also the loss of each row, fp32 [rows]."""
         given, target = self.denoising(inputs, model.training)
-        self._weights = None
+        self._weights, self._rows = None, len(inputs[ROW])
         if self.min_snr_gamma is not None and model.training:
-            self._weights = self.frozen.min_snr_weights(given["timestep"], self.min_snr_gamma)
+            self._weights = self.frozen.min_snr_weights(given["timestep"][: len(inputs[ROW])], self.min_snr_gamma)
         # transformers removes `labels` before it calls the model, and passes them to the loss function.
         loss, outputs = super().compute_loss(model, given | {"labels": target}, True, num_items_in_batch)
         return (loss, {"losses": row_losses(outputs.sample, target)}) if return_outputs else loss
 
     def _loss(self, outputs: Any, target: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the mean squared error over the `num_items_in_batch` rows of the step, or over those of the batch."""
+        """Return the mean squared error over the `num_items_in_batch` rows of the step, or over those of the batch.
+
+        As in diffusers' script of DreamBooth, the loss of an image of the class is added with its weight, without
+        Min-SNR.
+        """
         losses = row_losses(outputs.sample, target)
+        priors = losses[self._rows :]
+        losses = losses[: self._rows]
         if self._weights is not None:
             losses = losses * self._weights
+        if len(priors):
+            losses = losses + self.prior_weight * priors
         return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
     def denoising(self, inputs: dict[str, Any], learning: bool) -> tuple[dict[str, Any], torch.Tensor]:
@@ -268,7 +286,8 @@ class DiffusionTrainer(Trainer):
         mean, deviation = self.frozen.likely_latents(inputs[PIXELS])
         rows, shape, timesteps = inputs[ROW].tolist(), mean.shape[1:], self.frozen.schedule.config.num_train_timesteps
         if learning:
-            drawn = draw_for_training(self.args.seed, self.state.global_step, rows, shape, timesteps)
+            priors = len(mean) > len(rows)
+            drawn = draw_for_training(self.args.seed, self.state.global_step, rows, shape, timesteps, priors)
         else:
             drawn = draw_for_evaluation(self.args.seed, rows, shape, timesteps)
         drawn = Draw(*(part.to(mean.device) for part in (drawn.timesteps, drawn.posterior, drawn.noise)))
@@ -282,28 +301,29 @@ class DiffusionTrainer(Trainer):
 
 
 def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec) -> Compute:
-    """Return the multiply-adds of a step for one image.
+    """Return the multiply-adds of a step for one row: an image, or with prior preservation two.
 
     `found`: the models of a pipeline on the meta device, by their names in it. All weights of the part that gets
     adapters learn.
     """
     vae, model, resolution = found["vae"], learning_part(found, spec), spec.image.resolution
+    images = images_of_a_row(spec)
     encoders = list(encoders_of(found).values())
     with torch.device("meta"):
-        tokens = [torch.empty(1, e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
-        time_ids = torch.empty(1, TIME_IDS)
+        tokens = [torch.empty(images, e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
+        time_ids = torch.empty(images, TIME_IDS)
     side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
 
     def frozen() -> None:
-        vae.encode(torch.empty(1, 3, resolution, resolution, device="meta"))
+        vae.encode(torch.empty(images, 3, resolution, resolution, device="meta"))
         if not learns:
             conditions(encoders, tokens, time_ids)
 
     learns = isinstance(model, ReadingUNet)
     read = {"tokens": tokens, "time_ids": time_ids} if learns else conditions(encoders, tokens, time_ids)
     inputs = {
-        "sample": torch.empty(1, vae.config.latent_channels, side, side, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
+        "sample": torch.empty(images, vae.config.latent_channels, side, side, device="meta"),
+        "timestep": torch.empty(images, device="meta"),
         **read,
     }
     beside = sum(count_operations(frozen).values()) // MULTIPLY_ADD

@@ -22,7 +22,7 @@ from luthier_trainer.tasks.diffusion import (
     row_losses,
 )
 from luthier_trainer.tasks.images import PIXELS
-from luthier_trainer.tasks.text_to_image import TIME_IDS
+from luthier_trainer.tasks.text_to_image import TIME_IDS, images_of_a_row
 from luthier_trainer.workspace.plan import plan_precision
 
 
@@ -44,6 +44,7 @@ def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec) ->
     side, words = spec.image.resolution, encoders[0].config.max_position_embeddings
 
     def batch(rows: int) -> Batch:
+        rows *= images_of_a_row(spec)
         with torch.device("meta"):
             tokens = {name: torch.empty((rows, words), dtype=torch.int64) for name in TOKENS[: len(encoders)]}
             sizes = {"time_ids": torch.empty(rows, TIME_IDS)} if len(encoders) > 1 else {}

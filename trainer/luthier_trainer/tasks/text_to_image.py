@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from luthier_trainer.models.memory import Trial
 
 CAPTION = "caption"  # column of the prepared rows
+PRIOR = "prior_"  # how the names of columns begin that hold the image of the class
+PRIORS = "spec.dataset.columns.prior"
 CAPTIONS = "spec.dataset.columns.text"
 SHOWN = 60  # characters of a caption in a message
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -52,11 +54,15 @@ class TextToImage(LabelledBatches, Task):
     """The task text-to-image."""
 
     def columns(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
-        return (spec.dataset.columns.image, spec.dataset.columns.text)
+        prior = spec.dataset.columns.prior
+        return (spec.dataset.columns.image, spec.dataset.columns.text, *([prior] if prior else []))
 
     def fitting(self, rows: Rows, spec: FineTuneJobSpec) -> Rows:
         """Return the rows with their images and captions. Raises Failure if one is missing or cannot be read."""
-        return columns.texts(images.fitting(rows, spec), spec.dataset.columns.text, CAPTIONS, drop_blank=False)
+        found = columns.texts(images.fitting(rows, spec), spec.dataset.columns.text, CAPTIONS, drop_blank=False)
+        if spec.dataset.columns.prior is not None:
+            priors_of(found, spec)
+        return found
 
     def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
         from luthier_trainer.models import pipelines
@@ -71,13 +77,20 @@ class TextToImage(LabelledBatches, Task):
         check_targets(models, spec, "spec.method.targetModules")
 
     def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
-        """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row)."""
+        """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row).
+
+        With prior preservation, training rows also have `prior_pixel_values` and `prior_caption`.
+        """
         from datasets import Features, Image, Value
 
         names = {spec.dataset.columns.image: PIXELS, spec.dataset.columns.text: CAPTION}
         data = rows.data.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+        features = {PIXELS: Image(), CAPTION: Value("large_string")}
+        if spec.dataset.columns.prior is not None and use == "training":
+            data = paired(data, priors_of(rows, spec))
+            features |= {PRIOR + name: feature for name, feature in features.items()}
         data = data.add_column(ROW, list(range(len(data))))
-        return data.cast(Features({PIXELS: Image(), CAPTION: Value("large_string"), ROW: Value("int64")}))
+        return data.cast(Features({**features, ROW: Value("int64")}))
 
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         return images.contents(rows, spec)
@@ -136,8 +149,13 @@ class TextToImage(LabelledBatches, Task):
         from luthier_trainer.tasks.diffusion import DiffusionTrainer, RowLosses, load_frozen
 
         frozen = load_frozen(context.model_path, context.spec, context.weights["dtype"], inspect.MODEL)
-        gamma = context.spec.image.min_snr_gamma
-        options = {"frozen": frozen, "min_snr_gamma": gamma, **measured_by(RowLosses())}
+        image = context.spec.image
+        options = {
+            "frozen": frozen,
+            "min_snr_gamma": image.min_snr_gamma,
+            "prior_weight": image.prior_loss_weight or 1.0,
+            **measured_by(RowLosses()),
+        }
         make_batch = collator(read_tokenizers(context.model_path), context.spec.image.resolution)
         return TrainerSetup(DiffusionTrainer, make_batch, options)
 
@@ -259,14 +277,63 @@ def report_unread(rows: Dataset, tokenizers: list[PreTrainedTokenizerBase], use:
     """Give notice of captions that are longer than the text encoders read. `use`: the split of the rows."""
     from luthier_trainer.models import pipelines
 
-    counts = [pipelines.unread_tokens(tokenizers, caption) for caption in rows[CAPTION]]
+    captions = [caption for name in (CAPTION, PRIOR + CAPTION) if name in rows.column_names for caption in rows[name]]
+    counts = [pipelines.unread_tokens(tokenizers, caption) for caption in captions]
     if most := max(counts):
         limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
         notice(
             f"{CAPTIONS}: {sum(count > 0 for count in counts)} of the {len(counts)} captions of split {use} are longer"
             f" than the {limit} tokens that the text encoders read, and their ends are not learnt: up to {most} tokens,"
-            f' of "{rows[counts.index(most)][CAPTION][:SHOWN]} ...". Shorten them'
+            f' of "{captions[counts.index(most)][:SHOWN]} ...". Shorten them'
         )
+
+
+def images_of_a_row(spec: FineTuneJobSpec) -> int:
+    """Return how many images a row of the training has: two with prior preservation."""
+    return 1 if spec.dataset.columns.prior is None else 2
+
+
+def priors_of(rows: Rows, spec: FineTuneJobSpec) -> list[bool]:
+    """Return whether each row shows the class instead of what is to be learnt.
+
+    Raises Failure if the column is missing, or if a cell is neither true nor false.
+    """
+    name = str(spec.dataset.columns.prior)
+    columns.require(rows, name, PRIORS, taken=[spec.dataset.columns.image, spec.dataset.columns.text])
+    cells = [str(cell).strip().lower() for cell in rows.data[name]]
+    if unclear := [i for i, cell in enumerate(cells) if cell not in columns.BOOLEANS]:
+        raise columns.invalid(
+            f'{PRIORS}: column "{name}" of {rows.origin} is neither true nor false in {len(unclear)} of'
+            f" {len(cells)} rows. The first is {rows.place(unclear[0])}: {cells[unclear[0]]}. Write true for images of"
+            " the class, and false for those to learn"
+        )
+    return [columns.BOOLEANS[cell] for cell in cells]
+
+
+def paired(data: Dataset, priors: Sequence[bool]) -> Dataset:
+    """Return pairs of an image to learn and one of the class, as diffusers' script of DreamBooth makes them.
+
+    An epoch has each image at least once: the fewer ones begin again from the first. `priors`: of `priors_of`. Raises
+    Failure if there are no images of a kind.
+    """
+    from datasets import concatenate_datasets
+
+    own = [i for i, prior in enumerate(priors) if not prior]
+    others = [i for i, prior in enumerate(priors) if prior]
+    if not own or not others:
+        lacking = "true, so that nothing is to be learnt" if not own else "false, so that no class is preserved"
+        raise columns.invalid(
+            f"{PRIORS}: is {lacking}, in all {len(priors)} training rows; mark some of them otherwise"
+        )
+    pairs = max(len(own), len(others))
+    notice(
+        f"{PRIORS}: {len(own)} images are learnt beside {len(others)} of the class: {pairs} rows in an epoch, each with"
+        " one of both"
+    )
+    learnt = data.select([own[i % len(own)] for i in range(pairs)])
+    of_class = data.select([others[i % len(others)] for i in range(pairs)])
+    of_class = of_class.rename_columns({name: PRIOR + name for name in data.column_names})
+    return concatenate_datasets([learnt, of_class], axis=1)
 
 
 def read_tokenizers(path: Path) -> list[PreTrainedTokenizerBase]:
@@ -317,8 +384,9 @@ def collator(tokenizers: list[PreTrainedTokenizerBase], resolution: int) -> Coll
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
         """Return a batch of `DiffusionTrainer`. The dataset decodes the images of `rows` when it reads them."""
-        frames = [framed(row[PIXELS], resolution) for row in rows]
-        captions = [row[CAPTION] for row in rows]
+        prefixes = ("", PRIOR) if PRIOR + PIXELS in rows[0] else ("",)
+        frames = [framed(row[prefix + PIXELS], resolution) for prefix in prefixes for row in rows]
+        captions = [row[prefix + CAPTION] for prefix in prefixes for row in rows]
         batch = {
             PIXELS: torch.stack([pixels_of(frame.image) for frame in frames]),
             "input_ids": token_ids(tokenizers[0], captions),

@@ -92,8 +92,9 @@ def rows_for_a_gpu(spec: FineTuneJobSpec) -> tuple[int | None, str]:
         length = spec.training.max_length
         return GPU_TOKENS // (length * sequences), f"rows of {length} tokens"
     if spec.image is not None:
-        side = spec.image.resolution
-        return GPU_PIXELS // side**2, f"images of {side} × {side} pixels"
+        side, images = spec.image.resolution, 1 if spec.dataset.columns.prior is None else 2
+        what = "images" if images == 1 else "pairs of images"
+        return GPU_PIXELS // (images * side**2), f"{what} of {side} × {side} pixels"
     return None, ""
 
 
