@@ -39,7 +39,7 @@ def jobs() -> dict[str, Any]:
     from trainer.generating import image_engine, sample
     from trainer.small_sdxl import write_small_sdxl
 
-    from luthier_api.generate import ImageSettings
+    from luthier_api.task_settings import ImageSettings
     from luthier_api.workspace import WorkspaceFolder
     from luthier_trainer.generation.ledger import Shard
     from luthier_trainer.generation.main import make
@@ -109,7 +109,7 @@ def files() -> dict[str, Any]:
     """Files of photographs written in a second of one core, metadata included, beside `image.save()`."""
     from trainer.generating import sample
 
-    from luthier_api.generate import ImageSettings
+    from luthier_api.task_settings import ImageSettings
     from luthier_trainer.generation.encoding import FORMATS, About, encode
 
     about = About({"model": {"source": "org/lutes", "revision": "abc"}, "adapters": []}, "here")

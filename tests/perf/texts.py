@@ -33,7 +33,7 @@ from transformers import (
     pipeline,
 )
 
-from luthier_api.generate import TextSettings
+from luthier_api.task_settings import TextSettings
 from luthier_trainer.generation.engines.text import TextEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.samples import Sample

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from luthier_api.generate import ImageSettings, Settings, TextSettings
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.status import Plan, ResolvedDataset, ResolvedSource
+from luthier_api.task_settings import ImageSettings, Settings, TextSettings
 from luthier_api.termination import TerminationMessage
 from luthier_api.variables import Variables
 from luthier_api.workspace import WorkspaceFolder

@@ -13,7 +13,7 @@ import pytest
 from PIL import ExifTags, Image
 from trainer.generating import sample
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.encoding import FORMATS, About, encode
 from luthier_trainer.generation.samples import Unusable
 

@@ -21,7 +21,7 @@ from trainer.generating import generate_run, generate_shards, image_engine, resu
 from trainer.small_sdxl import write_small_lora, write_small_refiner
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation.samples import SEEDS, sample_seed
 from luthier_trainer.prepare import main as prepare

@@ -17,8 +17,8 @@ from diffusers.utils import is_torchsde_available
 from trainer.generating import image_engine, sample
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import ImageSettings
 from luthier_api.samplers import SAMPLERS, SchedulerName, Sigmas, TimestepSpacing
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.generation.schedulers import CLASSES, make_scheduler, rehearse

@@ -16,7 +16,7 @@ from diffusers import (
 from PIL import Image
 from trainer.generating import image_engine, sample
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.guidance import check_interval, guided_within
 from luthier_trainer.runtime.failure import Failure
 

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from trainer.generating import image_engine, sample
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.generation.schedulers import make_scheduler
 

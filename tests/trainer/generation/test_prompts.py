@@ -9,7 +9,7 @@ import pytest
 import torch
 from trainer.generating import image_engine, sample
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.prompts import parts, token_ids
 
 # diffusers and numpy 2 talk about each other.

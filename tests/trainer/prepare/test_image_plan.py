@@ -15,9 +15,9 @@ from trainer.generating import generate_run
 from trainer.small_sdxl import write_small_refiner
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import ImageSettings
 from luthier_api.run import Gpu
 from luthier_api.status import Memory, Plan
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import image_memory
 from luthier_trainer.generation.image_memory import Work, memory_of, parts_of
 from luthier_trainer.prepare.image_plan import fitted

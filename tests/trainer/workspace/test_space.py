@@ -18,9 +18,10 @@ from trainer.conftest import MakeRun
 from trainer.volumes import mounted
 from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
-from luthier_api.generate import GenerateJobSpec, ImageSettings
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.method import Method
 from luthier_api.run import Weights
+from luthier_api.task_settings import ImageSettings
 from luthier_api.tasks import GENERATION_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.methods import trainable

@@ -12,7 +12,7 @@ import torch
 from llguidance import LLMatcher, grammar_from, hf
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from luthier_api.generate import TextSettings
+from luthier_api.task_settings import TextSettings
 from luthier_trainer.generation.texts import Text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier_api.generate import TextSettings
+from luthier_api.task_settings import TextSettings
 from luthier_trainer.generation.samples import Sample
 from luthier_trainer.generation.sampling import PENALTIES, Choice, Chosen, Ended, Heartbeat, chain_of
 from luthier_trainer.generation.texts import Text

@@ -19,8 +19,8 @@ from PIL import ExifTags
 from PIL.Image import Exif, Image
 from PIL.PngImagePlugin import PngInfo
 
-from luthier_api.generate import ImageSettings
 from luthier_api.samplers import SAMPLERS
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.png import png
 from luthier_trainer.generation.samples import Sample, Unusable
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.runtime.failure import Failure
 
 

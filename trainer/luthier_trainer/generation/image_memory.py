@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from luthier_api.generate import ImageSettings
 from luthier_api.status import Memory
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.memory import Setting, prepared
 from luthier_trainer.workspace.gpu_memory import CONTEXT_BYTES, FRAGMENTS, PROCESS_BYTES, WORKSPACE_BYTES

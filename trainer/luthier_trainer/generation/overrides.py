@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from luthier_api.base import model_in
-from luthier_api.generate import RowOverrides, Settings
+from luthier_api.inputs import RowOverrides
+from luthier_api.task_settings import Settings
 from luthier_api.validation import broken_rules
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import GenerateJobSpec, ImageSettings
+from luthier_api.generate import GenerateJobSpec
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import lora
 from luthier_trainer.generation.guidance import check_interval
 from luthier_trainer.generation.prompts import room, unread_tokens

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.samples import Sample
 
 KEPT_BYTES = 256 * 2**20

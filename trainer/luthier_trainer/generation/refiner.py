@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from luthier_api.generate import ImageSettings
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import pipelines
 from luthier_trainer.generation.prompts import Prompts
 from luthier_trainer.generation.samples import Sample

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from luthier_api.generate import Settings
+from luthier_api.task_settings import Settings
 from luthier_api.tasks import REFERENCE, TOOLS
 from luthier_trainer.generation.samples import Sample, sample_seed
 from luthier_trainer.workspace.manifest import fsync, replace_file

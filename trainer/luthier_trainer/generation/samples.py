@@ -12,7 +12,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, TypeVar
 
-from luthier_api.generate import Settings
+from luthier_api.task_settings import Settings
 from luthier_api.tasks import REFERENCE
 
 Item = TypeVar("Item")

@@ -25,7 +25,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from luthier_api.generate import TextSettings
+from luthier_api.task_settings import TextSettings
 from luthier_trainer.generation.texts import Text
 from luthier_trainer.runtime.heartbeat import beat
 

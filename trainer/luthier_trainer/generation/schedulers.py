@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import ImageSettings
 from luthier_api.samplers import SAMPLERS, SchedulerName, Sigmas
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.runtime.failure import Failure
 
 

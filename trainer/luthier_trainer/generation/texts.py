@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from luthier_api.generate import TextSettings
+from luthier_api.task_settings import TextSettings
 
 FinishReason = Literal["stop", "length", "stop-string", "error"]
 """Why a text ends: the model ended it, it has `maxNewTokens`, a string of `stop` came, or it cannot be made."""

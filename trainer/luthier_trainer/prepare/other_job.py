@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import InputData
+from luthier_api.inputs import InputData
 from luthier_api.kinds import JobKind, source_name
 from luthier_api.run import GenerateRun
 from luthier_api.workspace import WorkspaceFolder, shard_manifests

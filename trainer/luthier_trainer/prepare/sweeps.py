@@ -14,7 +14,7 @@ from string import Formatter
 from typing import Any
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import Inputs, SweepLists
+from luthier_api.inputs import Inputs, SweepLists
 from luthier_trainer.runtime.failure import Failure
 
 TEMPLATE, SWEEP = "spec.inputs.template", "spec.inputs.sweep"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
-from luthier_api.generate import TranscribeSettings
 from luthier_api.speech import Speech
+from luthier_api.task_settings import TranscribeSettings
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_trainer.data import columns, full_lengths, tokens
 from luthier_trainer.data.columns import nothing_left

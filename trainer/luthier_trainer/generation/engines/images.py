@@ -17,8 +17,9 @@ from diffusers.utils import logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from luthier_api.generate import GenerateJobSpec, ImageSettings
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import FORMATS, About, encode
 from luthier_trainer.generation.engines.base import Batched

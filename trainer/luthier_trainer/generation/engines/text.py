@@ -24,8 +24,9 @@ from transformers import (
 from transformers.utils import logging
 
 from luthier_api.exitcodes import ExitCode
-from luthier_api.generate import GenerateJobSpec, TextSettings
+from luthier_api.generate import GenerateJobSpec
 from luthier_api.run import GenerateRun, PreparedRecord
+from luthier_api.task_settings import TextSettings
 from luthier_api.tasks import REFERENCE
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.masks import ChatReader
