@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
 from luthier_trainer.methods.lora import layer_of, matching
+from luthier_trainer.methods.old_names import present_names
 from luthier_trainer.models.inspect import MODEL, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -40,7 +41,7 @@ def learning(model: torch.nn.Module, method: Method, heads: list[str]) -> set[st
 
 def frozen_modules(model: torch.nn.Module, method: Method) -> list[str]:
     """Return the names of the modules that `method.freeze` means."""
-    patterns = method.freeze or []
+    patterns = [new for pattern in method.freeze or [] for new in present_names(model, pattern, FREEZE)]
     return [name for name, _ in model.named_modules() if name and matching(patterns, name)]
 
 
@@ -78,7 +79,7 @@ def check(config: PreTrainedConfig, task: str, method: Method) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     for i, pattern in enumerate(method.freeze or []):
         try:
-            found = [name for name in modules if matching([pattern], name)]
+            found = [name for name in modules if matching(present_names(model, pattern, FREEZE), name)]
         except re.error as error:
             raise Failure(
                 ExitCode.INVALID_SPEC, f"{FREEZE}[{i}]: {pattern!r} is no regular expression of Python: {error}"

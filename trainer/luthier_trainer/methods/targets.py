@@ -12,16 +12,14 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
 from luthier_trainer.methods.experts import TARGETS, leaves, linear_modules
 from luthier_trainer.methods.lora import layer_of, matching
+from luthier_trainer.methods.old_names import NAME, present_names
 from luthier_trainer.methods.table import FAMILIES
 from luthier_trainer.methods.whole import whole_modules, without_adapters
 from luthier_trainer.models.inspect import ALL_LINEAR
 from luthier_trainer.runtime.failure import Failure
-from luthier_trainer.runtime.notices import notice
 
 if TYPE_CHECKING:
     import torch
-
-NAME = re.compile(r"[\w.-]+")
 
 
 def expanded(method: Method, model: torch.nn.Module, heads: list[str]) -> Method:
@@ -65,48 +63,12 @@ def expanded(method: Method, model: torch.nn.Module, heads: list[str]) -> Method
 
 
 def renamed(method: Method, model: torch.nn.Module) -> Method:
-    """Return the method with the present names of modules that had others in earlier versions of transformers.
-
-    ViT's `query`, for example, is `q_proj` since version 5. transformers reads files with old names by such a table.
-    Gives notice of the names that have changed.
-    """
-    targets = list(method.target_modules or [])
-    there = [f".{name}" for name, _ in [*model.named_modules(), *model.named_parameters()]]
-    lacking = [
-        target
-        for target in targets
-        if target != ALL_LINEAR and NAME.fullmatch(target) and not any(name.endswith(f".{target}") for name in there)
+    """Return the method with the present names of modules that had others in earlier versions of transformers."""
+    names = [
+        new
+        for target in method.target_modules or []
+        for new in ([target] if target == ALL_LINEAR else present_names(model, target, TARGETS))
     ]
-    if not lacking:
+    if names == (method.target_modules or []):
         return method
-    tables = _renamings(model)
-    for target in lacking:
-        found = [new for old, new in tables if f".{old}".endswith(f".{target}")]
-        present = [new for new in dict.fromkeys(found) if any(name.endswith(f".{new}") for name in there)]
-        if present:
-            at = targets.index(target)
-            targets[at : at + 1] = present
-            notice(
-                f"{TARGETS}: {target} is called {' and '.join(present)} in {model.config.model_type} since transformers"
-                " 5; these were taken"
-            )
-    return method.model_copy(update={"target_modules": list(dict.fromkeys(targets))})
-
-
-def _renamings(model: torch.nn.Module) -> list[tuple[str, str]]:
-    """Return (old, new) ends of names of modules, as transformers renames them when it reads files."""
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    if not isinstance(model, PreTrainedModel):
-        return []
-    found = []
-    for transform in get_model_conversion_mapping(model, add_legacy=False):
-        if isinstance(transform, WeightRenaming):
-            old, new = (
-                patterns[0].replace("\\.", ".") for patterns in (transform.source_patterns, transform.target_patterns)
-            )
-            if NAME.fullmatch(old) and NAME.fullmatch(new):
-                found.append((old, new))
-    return found
+    return method.model_copy(update={"target_modules": list(dict.fromkeys(names))})

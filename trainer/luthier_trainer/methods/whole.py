@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
+from luthier_trainer.methods.old_names import present_names
 from luthier_trainer.models.inspect import MODEL, skeleton, tied_modules
 from luthier_trainer.runtime.failure import Failure
 
@@ -28,8 +29,8 @@ def whole_modules(model: torch.nn.Module, method: Method, heads: list[str]) -> l
 
     Of nested modules, only the outermost is returned.
     """
-    names = {name for name, _ in model.named_modules() for asked in method.modules_to_save or [] if named(name, asked)}
-    names |= {*heads}
+    asked = [new for name in method.modules_to_save or [] for new in present_names(model, name, FIELD)]
+    names = {name for name, _ in model.named_modules() if any(named(name, end) for end in asked)} | {*heads}
     return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
@@ -46,16 +47,25 @@ def check(config: PreTrainedConfig, task: str, method: Method, quantised: bool) 
     model = skeleton(config, task, MODEL)
     modules = dict(model.named_modules())
     for i, asked in enumerate(method.modules_to_save or []):
-        found = {name: module for name, module in modules.items() if named(name, asked)}
-        trouble = _trouble(model, found, asked, method, quantised)
+        ends = present_names(model, asked, FIELD)
+        found = {name: module for name, module in modules.items() if any(named(name, end) for end in ends)}
+        trouble = _trouble(model, found, asked, ends, method, quantised)
         if trouble:
             raise Failure(ExitCode.INVALID_SPEC, f"{FIELD}[{i}]: {trouble}")
 
 
 def _trouble(
-    model: PreTrainedModel, found: dict[str, torch.nn.Module], asked: str, method: Method, quantised: bool
+    model: PreTrainedModel,
+    found: dict[str, torch.nn.Module],
+    asked: str,
+    ends: list[str],
+    method: Method,
+    quantised: bool,
 ) -> str | None:
-    """Return why the modules `found`, which have the name `asked`, cannot be trained whole; None if they can."""
+    """Return why the modules `found`, which the name `asked` means, cannot be trained whole; None if they can.
+
+    `ends`: the present names of what is asked for.
+    """
     import torch
 
     known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_leaf(module)})
@@ -72,7 +82,7 @@ def _trouble(
             f"{both} has the same weights as {shared[both]}, and PEFT would train a copy of one of them alone; leave it"
             " out, or use method.type: full"
         )
-    if asked in (method.target_modules or []):
+    if any(end in (method.target_modules or []) for end in ends):
         return f"{asked!r} is in targetModules, too, and what is trained whole gets no adapter; remove one of them"
     last = model.get_output_embeddings()
     inner = [m for module in found.values() for m in module.modules() if isinstance(m, torch.nn.Linear)]
