@@ -54,8 +54,8 @@ COMPUTE_LOGITS = [
 ]
 """Tasks whose trainer computes the logits itself, from the weights of the output layer."""
 NO_ROWS_IN_ADAPTER = (
-    "self.method.type == 'full' || !(has(self.model.addSpecialTokens) || has(self.model.resizeEmbeddings) &&"
-    " self.model.resizeEmbeddings)"
+    "self.method.type == 'full' || !(has(self.model.addSpecialTokens) || has(self.model.tokenizer) ||"
+    " has(self.model.resizeEmbeddings) && self.model.resizeEmbeddings)"
 )
 """CEL: no adapter holds rows of the embedding for new tokens."""
 
@@ -111,7 +111,7 @@ WITH_FSDP = (
     (
         f"({NO_ROWS_IN_ADAPTER})",
         "spec.model: an embedding that fsdp divides cannot get rows in an adapter; use method.type: full, or strategy"
-        " zero2 or ddp, or remove addSpecialTokens and resizeEmbeddings",
+        " zero2 or ddp, or remove addSpecialTokens, tokenizer and resizeEmbeddings",
     ),
 )
 """Of jobs with strategy fsdp: (CEL, message)."""
@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         f"!self.strategy.startsWith('zero3') || {NO_ROWS_IN_ADAPTER}",
         "spec.model: PEFT (0.21) reads the rows of new tokens from an embedding that ZeRO-3 divides in a way that"
-        " has not been proven; use strategy zero2 or ddp, or remove addSpecialTokens and resizeEmbeddings",
+        " has not been proven; use strategy zero2 or ddp, or remove addSpecialTokens, tokenizer and resizeEmbeddings",
     ),
     Rule(
         "!has(self.method.bias) || self.method.bias == 'none' || self.method.type != 'qlora' &&"
@@ -262,6 +262,11 @@ RULES: tuple[Rule, ...] = (
                 "!has(self.model.config)",
                 "spec.model.config: the tokenizer of a new model is made of all rows, which a stream does not know;"
                 " name a model by id, path or job, or remove dataset.streaming",
+            ),
+            (
+                "has(self.model.config) || !has(self.model.tokenizer)",
+                "spec.model.tokenizer: pieces are learnt from all rows, which a stream does not know; remove it, use"
+                " addSpecialTokens for control tokens, or remove dataset.streaming",
             ),
             (
                 "self.training.evalEvery == 'steps'",

@@ -115,7 +115,11 @@ class MethodInfo:
         return {**self.options, "model.quantization": default}
 
 
-NEW_TOKENS: Mapping[str, Any] = {"model.resizeEmbeddings": False, "model.addSpecialTokens": None}
+NEW_TOKENS: Mapping[str, Any] = {
+    "model.tokenizer": None,
+    "model.resizeEmbeddings": False,
+    "model.addSpecialTokens": None,
+}
 """Fields of the methods that can train rows of the embedding for new tokens."""
 LORA_OPTIONS = {
     "method.rank": 16,

@@ -366,6 +366,10 @@ class PreparedRecord(Prepared):
     """What all of it was made of: what lies on the Hub has a commit instead."""
     new_tokens: list[int] = Field(default_factory=list)
     """Ids of the tokens whose rows in the embedding an adapter holds, because they are new (FineTuneJob)."""
+    piece_parts: dict[int, list[int]] = Field(default_factory=dict)
+    """Id of a learnt piece → ids of the tokens with whose rows that of the piece begins in an adapter, as their mean
+    (FineTuneJob).
+    """
     class_weights: list[float] | None = None
     """How much a row counts in the loss by its class, in their order, if not all count alike (FineTuneJob)."""
     weights: Weights | None = None

@@ -120,27 +120,35 @@ def alone_on_its_claim(pods: str, alone: str) -> Rule:
 
 
 TokenizerType = Literal["bpe", "wordpiece", "unigram"]
+TOKENIZER_TYPE: TokenizerType = "bpe"
+"""Of a new tokenizer."""
 VOCABULARY = 8192
 """Entries of a new tokenizer."""
 
 
 class TokenizerTraining(ApiModel):
-    """A tokenizer trained on the texts of the training rows, by the library tokenizers."""
+    """A tokenizer trained on the texts of the training rows, by the library tokenizers. That of a trained model keeps
+    its entries, and gets others beside them.
+    """
 
-    type: TokenizerType = "bpe"
-    """bpe: byte-level BPE, as GPT-2 has it, which can write any text. wordpiece: as BERT (cased). unigram: as T5 and
-    SentencePiece. The last two read characters that no training row has as an unknown token.
+    type: TokenizerType | None = None
+    """For a model from `config`, bpe when left out. bpe: byte-level BPE, as GPT-2 has it, which can write any text.
+    wordpiece: as BERT (cased). unigram: as T5 and SentencePiece. The last two read characters that no training row has
+    as an unknown token.
     """
     vocab_size: Annotated[int | None, Field(ge=260, le=1_000_000)] = None
     """Entries, control tokens included; `model.config.vocabSize` when left out. There are fewer if the texts have no
-    more pieces.
+    more pieces. For a trained model: those that its tokenizer has then, its own included. Each piece that it lacks
+    joins two that it has.
     """
     special_tokens: Annotated[list[ShortText] | None, Field(min_length=1, max_length=64)] = None
-    """Control tokens beside those of the task, such as those of a chat template: <|im_start|>."""
+    """Control tokens beside those of the task, such as those of a chat template: <|im_start|>. For a trained model, the
+    same as `addSpecialTokens`.
+    """
 
 
 class NewTokenizer(ApiModel):
-    """The tokenizer of a new model."""
+    """The tokenizer of a new model, or what the tokenizer of a trained one gets."""
 
     train: TokenizerTraining = Field(default_factory=TokenizerTraining)
 
@@ -184,8 +192,11 @@ class ModelSource(ApiModel):
     """A FineTuneJob of the same namespace, whose result is the model. An adapter is merged into its base."""
     config: Annotated[NewModel | None, For("task"), For("method", remedy=NEW_WEIGHTS)] = None
     """Start from new weights."""
-    tokenizer: Annotated[NewTokenizer | None, For("task")] = None
-    """Which tokenizer a model from `config` gets; a byte-level BPE when left out."""
+    tokenizer: Annotated[NewTokenizer | None, For("task"), For("method", remedy=NEW_ROWS)] = None
+    """Which tokenizer a model from `config` gets; a byte-level BPE when left out. The tokenizer of a trained model gets
+    pieces of the rows' texts that it lacks. Each gets a row in the embedding, which begins as the mean of the pieces
+    that it joins, and learns.
+    """
     quantization: Annotated[Quantization | None, For("task"), For("method")] = by_table()
     """Hold the frozen weights of the model's linear layers in a smaller type. The adapter's base stays the model as it
     was published.
@@ -218,10 +229,15 @@ class ModelSource(ApiModel):
             " use model.tokenizer.train.specialTokens",
         ),
         Rule(
-            "!has(self.tokenizer) || has(self.config)",
-            "model.tokenizer: the embedding of a trained model has a row for each token of its own tokenizer, and those"
-            " of a new one would mean nothing; use addSpecialTokens to add tokens, or config for a model with new"
-            " weights",
+            "!has(self.tokenizer) || has(self.config) || !has(self.tokenizer.train.type)",
+            "model.tokenizer.train.type: the tokenizer of a trained model gets more pieces and keeps its type; remove"
+            " it, or use config for a model with new weights",
+        ),
+        Rule(
+            "!has(self.tokenizer) || has(self.config) || has(self.tokenizer.train.vocabSize) ||"
+            " has(self.tokenizer.train.specialTokens)",
+            "model.tokenizer.train: set vocabSize to the entries that the tokenizer of a trained model has with the"
+            " pieces that it gets, or specialTokens, or both",
         ),
         Rule(
             "!has(self.tokenizer) || !has(self.tokenizer.train.vocabSize) || !has(self.config) ||"

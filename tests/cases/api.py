@@ -754,7 +754,11 @@ MARKS: list[Case] = [
             refused=PROMPT | {f"spec.model.{field}": value},
             accepted=LORA | {f"spec.model.{field}": value},
         )
-        for field, value in (("resizeEmbeddings", True), ("addSpecialTokens", ["<|a|>"]))
+        for field, value in (
+            ("resizeEmbeddings", True),
+            ("addSpecialTokens", ["<|a|>"]),
+            ("tokenizer", {"train": {"vocabSize": 400}}),
+        )
     ),
     *(
         Case(
@@ -1122,10 +1126,21 @@ CHOICES: list[Case] = [
     ),
 ]
 CASES: list[Case] = [
-    Case(
-        message="model.tokenizer: the embedding of a trained model has a row for each token of its own tokenizer,",
-        refused={"spec.model": {"id": "org/model", "tokenizer": {}}},
-        accepted=NEW_MODEL | {"spec.model": {"config": {"modelType": "llama"}, "tokenizer": {}}},
+    *(
+        Case(
+            message=message,
+            refused={"spec.model": {"id": "org/model", "tokenizer": refused}},
+            accepted={"spec.model": {"id": "org/model", "tokenizer": accepted}},
+        )
+        for message, refused, accepted in (
+            ("model.tokenizer.train: set vocabSize to", {}, {"train": {"vocabSize": 400}}),
+            ("model.tokenizer.train: set vocabSize to", {"train": {}}, {"train": {"specialTokens": ["<|im_end|>"]}}),
+            (
+                "model.tokenizer.train.type: the tokenizer of a trained model gets more pieces and keeps its type;",
+                {"train": {"type": "bpe", "vocabSize": 400}},
+                {"train": {"vocabSize": 400}},
+            ),
+        )
     ),
     Case(
         message="model.tokenizer.train.vocabSize: config.vocabSize says it, too; set one of them",
@@ -1745,6 +1760,11 @@ CASES: list[Case] = [
                 {"spec.training.packing": "isolated"},
             ),
             ("spec.model.config: the tokenizer", NEW_MODEL, {"spec.model": {"id": "org/model"}}),
+            (
+                "spec.model.tokenizer: pieces are learnt from all rows",
+                {"spec.model": {"id": "org/model", "tokenizer": {"train": {"vocabSize": 400}}}},
+                {"spec.model": {"id": "org/model", "addSpecialTokens": ["<|im_end|>"]}},
+            ),
             ("spec.training.evalEvery: a stream", HELD_OUT_FILES | {"spec.training.evalEvery": "epoch"}, {}),
             ("spec.training.saveEvery: a stream", {"spec.training.saveEvery": "epoch"}, {}),
         )
@@ -1922,7 +1942,11 @@ CASES: list[Case] = [
             refused=adapters | change | {"spec.strategy": strategy},
             accepted=accepted | change,
         )
-        for change in ({"spec.model.addSpecialTokens": ["<|im_end|>"]}, {"spec.model.resizeEmbeddings": True})
+        for change in (
+            {"spec.model.addSpecialTokens": ["<|im_end|>"]},
+            {"spec.model.resizeEmbeddings": True},
+            {"spec.model.tokenizer": {"train": {"vocabSize": 400}}},
+        )
         for adapters, strategy, accepted in [
             ({}, "zero3", {"spec.strategy": "zero2"}),
             (LORA, "zero3-offload", FULL | {"spec.strategy": "zero3"}),

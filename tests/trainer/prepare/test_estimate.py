@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.run import FineTuneRun, Gpu
+from luthier_api.spec import NewTokenizer, TokenizerTraining
 from luthier_cli.commands import app
 from luthier_trainer.prepare.estimate import Request, answer
 from luthier_trainer.runtime.failure import Failure
@@ -61,6 +62,26 @@ def test_a_plan_of_a_configuration(make_run: MakeRun, config: Path, tmp_path: Pa
     assert plan["memory"]["gpuBytes"] == sum(plan["memory"]["gpu"].values())
     assert plan["gpuHours"] == pytest.approx(plan["seconds"] / 3600, abs=0.01)
     assert plan["checkpointBytes"] > plan["resultBytes"] >= 4 * ADAPTER
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "learning"),
+    [("lora", WEIGHTS, ADAPTER + 2 * 24 * 256), ("full", WEIGHTS + 2 * 24 * 256, WEIGHTS + 2 * 24 * 256)],
+)
+def test_the_rows_of_pieces_and_tokens_count(
+    method: str, parameters: int, learning: int, make_run: MakeRun, config: Path, tmp_path: Path
+) -> None:
+    """In the embedding and in the output. The tokenizer is not there, and counts as the rows of the model."""
+    given = request(make_run, config)
+    model = given.run.spec.model.model_copy(
+        update={"tokenizer": NewTokenizer(train=TokenizerTraining(vocab_size=1024, special_tokens=["<|a|>"]))}
+    )
+    spec = given.run.spec.model_copy(
+        update={"model": model, "method": given.run.spec.method.model_copy(update={"type": method})}
+    )
+    found = answer(replace(given, run=given.run.model_copy(update={"spec": spec})), tmp_path)
+    assert (found["plan"]["parameters"], found["plan"]["trainableParameters"]) == (parameters, learning)
+    assert "the rows have as many pieces as model.tokenizer.train.vocabSize asks for" in found["assumptions"]
 
 
 def test_without_rows_nothing_is_said_of_the_whole_training(make_run: MakeRun, config: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,13 +67,15 @@ def with_method(
     deepspeed: bool,
     new_tokens: Sequence[int] = (),
     steps: int = SOME_STEPS,
+    piece_parts: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Any:
     """Return the model to train: the model itself, some of whose weights may be frozen, or the model with adapters.
 
     `whole`: names of modules whose own weights are all trained, beside the adapters and the modules that the method
     names. `new_tokens`: tokens whose rows of the embedding are trained beside adapters; the model gets those that it
-    lacks. `steps`: of the training. The initial values of adapters and rows depend on torch's current seed. Raises
-    Failure if the adapters do not suit the model.
+    lacks. `steps`: of the training. `piece_parts`: new token → tokens with the mean of whose rows it begins. The other
+    initial values of adapters and rows depend on torch's current seed. Raises Failure if the adapters do not suit the
+    model.
     """
     if not METHODS[method.type].adapter:
         frozen.apply(model, method, whole)
@@ -85,6 +88,7 @@ def with_method(
     tokens: dict[str, Sequence[int]] = {}
     if new_tokens:
         embedding.with_rows(model, max(new_tokens) + 1)
+        embedding.begin_as_means(model, piece_parts)
         tokens = dict.fromkeys(embedding.token_tables(model), new_tokens)
     method, whole = expanded(method, model, whole), whole_modules(model, method, whole)
     # Not that of the input embeddings, which those of images lack. Quantised weights are integers.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from luthier_api.exitcodes import ExitCode
 from luthier_api.method import Method
 from luthier_api.methods import QUANTIZATIONS, QuantizationType
+from luthier_trainer.methods.old_names import present_names
 from luthier_trainer.methods.whole import named, whole_modules
 from luthier_trainer.models.embedding import token_tables
 from luthier_trainer.models.inspect import ALL_LINEAR, MODEL, counts, looks_up_otherwise, skeleton, tied_modules
@@ -222,11 +223,12 @@ def check_new_tokens(config: PreTrainedConfig, task: str, method: Method) -> Non
     model = skeleton(config, task, MODEL)
     for field, asked in (("targetModules", method.target_modules), ("modulesToSave", method.modules_to_save or [])):
         for i, name in enumerate(asked):
-            if table := next((table for table in token_tables(model) if named(table, name)), None):
+            ends = present_names(model, name, f"spec.method.{field}")
+            if table := next((table for table in token_tables(model) if any(named(table, end) for end in ends)), None):
                 raise Failure(
                     ExitCode.INVALID_SPEC,
                     f"spec.method.{field}[{i}]: the rows of new tokens of {table} are trained by themselves; remove it,"
-                    " or model.addSpecialTokens and model.resizeEmbeddings",
+                    " or model.addSpecialTokens, model.tokenizer and model.resizeEmbeddings",
                 )
 
 

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from luthier_api.exitcodes import ExitCode
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
 RESIZE, ADD = "spec.model.resizeEmbeddings", "spec.model.addSpecialTokens"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+PIECES = "spec.model.tokenizer"
 SHOWN = 3  # tokens in a message
 Tokens = Mapping[str, int]
+Parts = Mapping[int, Sequence[int]]
+"""Id of a token → ids of the tokens with the mean of whose rows it begins."""
 
 
 def without_row(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, task: str, field: str) -> Tokens:
@@ -51,15 +55,15 @@ def without_row(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, ta
     }
 
 
-def add(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str]) -> Tokens:
-    """Add tokens to the tokenizer, and return those that it did not have: token → id.
+def add(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], field: str = ADD) -> Tokens:
+    """Add tokens to the tokenizer, and return those that it did not have: token → id. `field`: of the spec.
 
     They are control tokens: decoding with `skip_special_tokens` leaves them out. It gives notice of those that were
     there.
     """
     there = [token for token in asked if token in tokenizer.get_vocab()]
     if there:
-        notice(f"{ADD}: the tokenizer has {', '.join(there[:SHOWN])} already, which stay as they are")
+        notice(f"{field}: the tokenizer has {', '.join(there[:SHOWN])} already, which stay as they are")
     added = list(dict.fromkeys(token for token in asked if token not in there))
     tokenizer.add_tokens(added, special_tokens=True)
     return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in added}
@@ -160,12 +164,20 @@ def some(tokens: Tokens) -> str:
 
 
 def resized(
-    path: Path, config: PreTrainedConfig, beyond: Tokens, task: str, seed: int, field: str, folder: WorkspaceFolder
+    path: Path,
+    config: PreTrainedConfig,
+    new: Tokens,
+    task: str,
+    seed: int,
+    field: str,
+    folder: WorkspaceFolder,
+    parts: Parts = MappingProxyType({}),
 ) -> Path:
-    """Save a copy of the model with a row for each token of `beyond` to `prepared/model`, and return its folder.
+    """Save a copy of the model with a row for each token of `new` to `prepared/model`, and return its folder.
 
     Weights that the files lack (a new head) stay absent in the copy. The whole model is in memory meanwhile. The new
-    rows are drawn with `seed`, from a normal distribution with the mean and the covariance of the existing rows.
+    rows are drawn with `seed`, from a normal distribution with the mean and the covariance of the existing rows. Those
+    of `parts` begin as `begin_as_means` says.
     """
     from transformers import set_seed
 
@@ -174,23 +186,52 @@ def resized(
         path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **OWN_WEIGHTS
     )
     # Not saved, so that `train` initialises them: they hold random values here.
-    new = set(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
+    absent = set(loaded["missing_keys"]) | {name for name, *_ in loaded["mismatched_keys"]}
     before = model.get_input_embeddings().num_embeddings
     set_seed(seed)
-    with_rows(model, max(beyond.values()) + 1)
+    with_rows(model, max(new.values()) + 1)
+    begin_as_means(model, parts)
     target, staged = folder.prepared / "model", folder.prepared / "model.resized"
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(
-        staged, state_dict={name: weight for name, weight in model.state_dict().items() if name not in new}
+        staged, state_dict={name: weight for name, weight in model.state_dict().items() if name not in absent}
     )
     copy_text_files(path, staged)
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
-    notice(
-        f"{RESIZE}: {len(beyond)} tokens had no row in the embedding ({some(beyond)}). Each has one now, drawn around"
-        f" the mean of the other {before:,}, and learns with them"
-    )
+    beyond = {token: number for token, number in new.items() if number >= before}
+    if parts:
+        notice(
+            f"{PIECES}: {len(new)} tokens are new ({some(new)}). {len(beyond)} of them had no row in the embedding and"
+            f" have one now. {begins(parts, len(new), before)}. All rows learn"
+        )
+    else:
+        notice(
+            f"{RESIZE}: {len(beyond)} tokens had no row in the embedding ({some(beyond)}). Each has one now, drawn"
+            f" around the mean of the other {before:,}, and learns with them"
+        )
     return target
+
+
+def begins(parts: Parts, new: int, rows: int) -> str:
+    """Return a sentence, without its full stop, on how the rows of `new` tokens begin, some of which have `parts`.
+
+    `rows`: of the model before.
+    """
+    means = f"The rows of {len(parts)} learnt pieces begin as the mean of the rows of the tokens that they consist of"
+    others = new - len(parts)
+    return (
+        f"{means}; new rows of the {others} others are drawn around the mean of the other {rows:,}" if others else means
+    )
+
+
+def begin_as_means(model: PreTrainedModel, parts: Parts) -> None:
+    """Set the rows of tokens, in the embedding and in an output of its own, to the mean of the rows of their parts."""
+    tables = {name: model.get_submodule(name).weight for name in token_tables(model)} if parts else {}
+    for weight in tables.values():
+        rows: Any = weight.data
+        for number, of in parts.items():
+            rows[number] = rows[list(of)].float().mean(0).to(rows.dtype)
 
 
 def with_rows(model: PreTrainedModel, rows: int, drawn: bool = True) -> None:
@@ -212,11 +253,19 @@ def with_rows(model: PreTrainedModel, rows: int, drawn: bool = True) -> None:
 # ---- adapters that hold rows
 
 
-def held_by_adapter(beyond: Tokens, added: Tokens, config: PreTrainedConfig, task: str, field: str) -> list[int]:
+def held_by_adapter(
+    beyond: Tokens,
+    added: Tokens,
+    config: PreTrainedConfig,
+    task: str,
+    field: str,
+    parts: Parts = MappingProxyType({}),
+) -> list[int]:
     """Return the ids of the tokens whose rows an adapter has to hold. It gives notice of them.
 
     `beyond`: the tokens without a row. `added`: the tokens that the job has added; some models have unused rows for
-    them. Raises Failure if PEFT computes the model otherwise where an adapter holds rows.
+    them. `parts`: those that begin as `begin_as_means` says. Raises Failure if PEFT computes the model otherwise
+    where an adapter holds rows.
     """
     model = inspect.skeleton(config, task, field)
     table: Any = model.get_input_embeddings()
@@ -233,10 +282,10 @@ def held_by_adapter(beyond: Tokens, added: Tokens, config: PreTrainedConfig, tas
             " method.type: full",
         )
     without = len(held - set(range(rows)))
+    start = f". {begins(parts, len(held), rows)}" if parts else f", drawn around the mean of the other {rows:,}"
     notice(
         f"{field}: {len(held)} tokens are new ({some({**added, **beyond})}). {without} of them had no row in the"
-        f" embedding and get one, drawn around the mean of the other {rows:,}. The rows of all {len(held)} learn, and"
-        " are saved with the adapter"
+        f" embedding and get one{start}. The rows of all {len(held)} learn, and are saved with the adapter"
     )
     return sorted(held)
 

@@ -12,7 +12,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,7 +20,9 @@ from typing import Any
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
+from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun, Gpu, read_run
+from luthier_api.spec import TokenizerTraining
 from luthier_api.status import Plan, ResolvedSource
 from luthier_api.tasks import TASKS
 from luthier_trainer.models.inspect import MODEL, read_config
@@ -121,7 +123,23 @@ def described(request: Request, task: Task, scratch: Path) -> Model:
     if TASKS[spec.task].auto_class is None:
         return Model(source, folder, None, None)
     config = read_config(folder, MODEL)
-    return Model(source, folder, config, processor_of(task, folder, config, spec.task))
+    return with_new_tokens(Model(source, folder, config, processor_of(task, folder, config, spec.task)), spec)
+
+
+def with_new_tokens(model: Model, spec: FineTuneJobSpec) -> Model:
+    """Return the model with rows of the embedding for the tokens that the job adds, as many as it asks for."""
+    asked = spec.model.tokenizer.train if spec.model.tokenizer else TokenizerTraining()
+    control = {*(spec.model.add_special_tokens or []), *(asked.special_tokens or [])}
+    if not control and asked.vocab_size is None:
+        return model
+    text = model.config.get_text_config()
+    known = model.processor.get_vocab() if hasattr(model.processor, "get_vocab") else {}
+    entries = len(known) or text.vocab_size
+    end = max(entries + len(control - known.keys()), asked.vocab_size or 0)
+    if METHODS[spec.method.type].adapter:
+        return replace(model, new_tokens=range(entries, end))
+    text.vocab_size = max(text.vocab_size, end)
+    return model
 
 
 def processor_of(task: Task, folder: Path, config: Any, name: str) -> Any:
@@ -211,6 +229,8 @@ def assumptions(request: Request) -> list[str]:
         found.append(f"each row has training.maxLength tokens ({spec.training.max_length:,})")
     if TASKS[spec.task].modality in ("audio", "speech"):
         found.append("each row has as much audio as the model hears (training.maxSeconds)")
+    if spec.model.config is None and spec.model.tokenizer and spec.model.tokenizer.train.vocab_size:
+        found.append("the rows have as many pieces as model.tokenizer.train.vocabSize asks for")
     if request.rows is None and spec.training.max_steps is None:
         found.append(
             "the number of rows is not known: name it with --rows, or set training.maxSteps, for steps and time"

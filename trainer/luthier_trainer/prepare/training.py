@@ -67,7 +67,10 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     else:
         located = sources.locate(spec.model, run, MODEL)
     examples = (streamed.read_examples if spec.dataset.streaming else read_examples)(task, run, cache)
-    model = task.read_model(located, run, folder) if located else task.new_model(examples.train, run, folder)
+    if located is not None:
+        model = task.read_model(located, run, folder, examples.train)
+    else:
+        model = task.new_model(examples.train, run, folder)
     others = task.other_models(examples.train, run, folder)
     task.check_model(model, spec, len(examples.train.data), examples.labels)
 
@@ -155,6 +158,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         attention=attention,
         model_path=str(model.path),
         new_tokens=list(model.new_tokens),
+        piece_parts=dict(model.piece_parts),
         stream=examples.stream and examples.stream.model_copy(update={"missing_tokens": dict(model.missing_tokens)}),
         other_model_paths=[str(path) for path in beside],
         origins=[

@@ -103,6 +103,8 @@ class Model:
     """Spelling → id of the tokens without a row in the embedding. A model is refused if any text can have one."""
     new_tokens: Sequence[int] = ()
     """Ids of the tokens whose rows in the embedding are new, or unused before, and learn."""
+    piece_parts: Mapping[int, list[int]] = field(default_factory=dict)
+    """Id of a learnt piece → ids of the tokens of whose rows an adapter begins that of the piece, as their mean."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +234,11 @@ class Task(Batches, Protocol):
         """
         raise TypeError(f"{type(self).__name__} has no option model.config")
 
-    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder, rows: Rows) -> Model:
         """Fetch the located model, or merge an adapter into its base, into a folder that `load_model` can load.
 
-        Raises Failure if the model does not suit the task.
+        `rows`: the training rows, of which the tokenizer learns pieces if the spec asks for it. Raises Failure if the
+        model does not suit the task.
         """
         ...
 

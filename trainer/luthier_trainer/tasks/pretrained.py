@@ -15,6 +15,7 @@ from luthier_api.status import Plan
 from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import row_lengths
+from luthier_trainer.data.load import Rows
 from luthier_trainer.methods import checks as method_checks
 from luthier_trainer.methods import experts, frozen, ia3, loftq, targets, virtual_tokens, whole
 from luthier_trainer.methods.trainable import compute_of, weights_of
@@ -40,7 +41,7 @@ class PretrainedTask(Task):
     def inputs(self, spec: FineTuneJobSpec) -> tuple[str, ...]:
         """Return the columns that are inputs of the model."""
 
-    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder, rows: Rows) -> Model:
         """Return the model in a folder that `from_pretrained` loads. An adapter of another job is merged into its base.
 
         Raises Failure if the model does not suit the task, or is quantised in a way that cannot be trained.

@@ -64,7 +64,7 @@ class TextToImage(LabelledBatches, Task):
             priors_of(found, spec)
         return found
 
-    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder, rows: Rows) -> Model:
         from luthier_trainer.models import pipelines
 
         path = whole_model(located, run, folder, run.spec.model.job, "model")

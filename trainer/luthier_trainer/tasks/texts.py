@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.methods import METHODS
 from luthier_api.run import FineTuneRun
-from luthier_api.spec import TokenizerTraining
+from luthier_api.spec import TOKENIZER_TYPE, TokenizerTraining
 from luthier_api.status import ResolvedSource
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import tokens
 from luthier_trainer.data.load import Rows
 from luthier_trainer.data.reading import Reader, rows_at_once
-from luthier_trainer.models import checks, embedding, inspect, processors
+from luthier_trainer.models import checks, embedding, extended_tokenizer, inspect, processors
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
@@ -52,14 +52,25 @@ class TextTask(PretrainedTask):
     def read_processor(self, folder: Path, field: str) -> PreTrainedTokenizerBase:
         return processors.read_tokenizer(folder, field)
 
-    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder) -> Model:
-        """Return the model, and its tokenizer with the tokens that the spec adds.
+    def read_model(self, located: Located, run: FineTuneRun, folder: WorkspaceFolder, rows: Rows) -> Model:
+        """Return the model, and its tokenizer with the tokens that the spec adds and the pieces that it learns.
 
         There is a row of its embedding for each token that can occur; that of an adapter gets them when it is trained.
         Raises Failure if rows are missing and the spec does not ask to add them, or if an adapter cannot hold them.
         """
-        model, spec, field = super().read_model(located, run, folder), run.spec, located.field
-        added = embedding.add(model.processor, spec.model.add_special_tokens or [])
+        model, spec, field = super().read_model(located, run, folder, rows), run.spec, located.field
+        added = dict(embedding.add(model.processor, spec.model.add_special_tokens or []))
+        parts: Mapping[int, list[int]] = {}
+        if asked := spec.model.tokenizer and spec.model.tokenizer.train:
+            added |= embedding.add(
+                model.processor, asked.special_tokens or [], f"{embedding.PIECES}.train.specialTokens"
+            )
+            if asked.vocab_size:
+                texts = Again(lambda: self.texts(rows, spec))
+                made = extended_tokenizer.extended(model.processor, texts, asked.vocab_size, model.config)
+                notice(extended_tokenizer.describe(made, asked.vocab_size))
+                model, parts = replace(model, processor=made.tokenizer), made.parts
+                added |= made.pieces
         missing = embedding.without_row(model.config, model.processor, self.task, field)
         if not spec.model.resize_embeddings and not added:
             embedding.check(missing, model.processor, field, ADD_ROWS)
@@ -71,16 +82,25 @@ class TextTask(PretrainedTask):
             )
             return model
         if METHODS[spec.method.type].adapter:
-            held = embedding.held_by_adapter(missing, added, model.config, self.task, field)
-            return replace(model, new_tokens=held)
+            held = embedding.held_by_adapter(missing, added, model.config, self.task, field, parts)
+            return replace(model, new_tokens=held, piece_parts=parts)
         new = tuple({*added.values(), *missing.values()})
-        if not missing:
+        if not missing and not parts:
             notice(
                 f"{embedding.ADD}: {len(added)} tokens were added ({embedding.some(added)}). The embedding has unused"
                 " rows for them, which learn from the values that they have"
             )
             return replace(model, new_tokens=new)
-        path = embedding.resized(model.path, model.config, missing, self.task, spec.training.seed, field, folder)
+        path = embedding.resized(
+            model.path,
+            model.config,
+            {**added, **missing} if parts else missing,
+            self.task,
+            spec.training.seed,
+            field,
+            folder,
+            parts,
+        )
         return replace(model, path=path, config=inspect.read_config(path, field), new_tokens=new)
 
     def check_new_model(self, spec: FineTuneJobSpec) -> None:
@@ -109,7 +129,8 @@ class TextTask(PretrainedTask):
         empty = new_config(new, task=self.task)
         special = asked.special_tokens or []
         texts = Again(lambda: self.texts(rows, spec))
-        tokenizer = train_tokenizer(texts, size, empty, self.task, asked.type, special)
+        kind = asked.type or TOKENIZER_TYPE
+        tokenizer = train_tokenizer(texts, size, empty, self.task, kind, special)
         config = new_config(new, tokenizer, self.task)
         if limit := inspect.max_positions(config):
             tokenizer.model_max_length = limit
@@ -118,7 +139,7 @@ class TextTask(PretrainedTask):
         tokenizer.save_pretrained(path)
         # The weights are not part of it: they follow from the seed, and may be rounded otherwise on another machine.
         revision = provenance.combined(f"{name} {sha256(path / name)}" for name in (MODEL_CONFIG, TOKENIZER))
-        notice(describe(tokenizer, asked.type, size, sha256(path / TOKENIZER)))
+        notice(describe(tokenizer, kind, size, sha256(path / TOKENIZER)))
         resolved = ResolvedSource(source=f"new {new.model_type}", revision=revision)
         return Model(resolved, path, config, self.read_processor(path, inspect.MODEL))
 

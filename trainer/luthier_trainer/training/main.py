@@ -190,6 +190,7 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         deepspeed,
         prepared.new_tokens,
         prepared.plan.steps or 1,
+        prepared.piece_parts,
     )
     family = FAMILIES.get(spec.method.type)
     if family is not None:
