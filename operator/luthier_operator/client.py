@@ -129,6 +129,7 @@ def fenced(may_send: Callable[[], bool]) -> tuple[type[aiohttp.ClientRequest], t
     """
 
     def check() -> None:
+        """Raises NotLeader if nothing may be sent."""
         if not may_send():
             raise NotLeader("not sent, because the Lease is lost")
 
