@@ -64,7 +64,7 @@ def evict(kube: Kube, pod: Object) -> None:
 
 def test_shards_that_lose_their_pods_draw_what_one_draws(kube: Kube, system: Kube) -> None:
     many = pictures("pictures", shards=3, hub=jobs.HUB | {"repo": REPO})
-    kube.apply(STYLE, many)
+    kube.apply(STYLE, many, pictures("pictures-alone"))
     job = kube.until(
         "gj",
         "pictures",
@@ -84,7 +84,6 @@ def test_shards_that_lose_their_pods_draw_what_one_draws(kube: Kube, system: Kub
     kube.delete("pod", killed["metadata"]["name"], "--grace-period=0", "--force")
     evict(kube, evicted)
     job = kube.complete("gj", "pictures")
-    kube.apply(pictures("pictures-alone"))
     assert (job["status"]["progress"]["rows"], job["status"]["progress"]["failedRows"]) == (ROWS, 1)
     table = kube.run("get", "gj", "pictures")
     assert re.search(r"NAME\s+STATE\s+ROWS\s+OF\s+FAILED\s+RATE\s+ETA\s+SHARDS×GPUS\s+AGE", table)
