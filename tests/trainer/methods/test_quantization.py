@@ -175,7 +175,15 @@ def test_widths_that_four_bits_on_cpu_cannot_have(kind: QuantizationType) -> Non
 
 
 def test_eight_bits_have_any_width() -> None:
+    """What is accepted is what bitsandbytes computes right."""
     check_quantisable(LlamaConfig(hidden_size=96), "int8", "spec.model.quantization")
+    torch.manual_seed(1)
+    weight, rows = torch.randn(96, 96), torch.randn(8, 96)
+    layer = bitsandbytes.nn.Linear8bitLt(96, 96, bias=False, has_fp16_weights=False)
+    layer.weight = bitsandbytes.nn.Int8Params(weight.clone(), has_fp16_weights=False, requires_grad=False)
+    found, expected = layer.to("cpu")(rows.bfloat16()).float(), rows @ weight.T
+    assert layer.weight.dtype == torch.int8
+    assert (found - expected).norm() / expected.norm() < 0.03
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
