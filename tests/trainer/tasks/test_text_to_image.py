@@ -15,7 +15,7 @@ import torch
 from datasets import load_from_disk
 from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from prepared_workspace import losses, without_the_machine
+from prepared_workspace import logged, losses, without_the_machine
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trainer.generating import generate_run, generate_shards, result_lines
@@ -107,6 +107,7 @@ def trained(sdxl: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 def test_the_held_out_loss_falls(trained: Trained) -> None:
     assert trained.metrics["evalLoss"] < trained.metrics["evalLossBefore"]
     assert "tokens" not in trained.metrics
+    assert not any(entry.get("padding_tokens") for entry in logged(trained.run)), "captions are no rows of tokens"
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(

@@ -129,6 +129,10 @@ class TextToImage(LabelledBatches, Task):
         found = pipelines.skeletons(model.path, index, inspect.MODEL)
         return of_images(found, pipelines.read_scheduler(model.path, index, inspect.MODEL).config, spec)
 
+    def computed_tokens(self, batch: Batch) -> None:
+        """Return None: captions are filled up to the length of the encoder, and no token of them is learnt."""
+        return
+
     def read_processor(self, folder: Path, field: str) -> None:
         """Return None, because the tokenizers are read from the folder of the pipeline."""
         return
