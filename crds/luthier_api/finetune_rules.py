@@ -147,8 +147,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *works_with("task", METRICS_OF_TASKS, "training.?metric", BEST_METRICS),
     Rule(
-        "!has(self.image) || !has(self.image.priorLossWeight) || has(self.dataset.columns) &&"
-        " has(self.dataset.columns.prior)",
+        "!has(self.image) || !has(self.image.priorLossWeight) || has(self.dataset.columns.prior)",
         "spec.image.priorLossWeight: weighs the images that dataset.columns.prior marks; set that column, or remove it",
     ),
     Rule(

@@ -64,12 +64,17 @@ def _as_one(rules: Sequence[Rule], unchanged: str, paths: Sequence[str]) -> dict
 
 
 def _all_hold(expressions: Sequence[str], paths: Sequence[str]) -> str:
-    """CEL: all of `expressions` hold. Each of `paths` is read once: a creation makes 11,000 allocations, not 45,000."""
+    """CEL: all of `expressions` hold. Each of `paths` is read once: a creation makes 11,000 allocations, not 45,000.
+
+    Raises ValueError for a rule that asks `has` of one of `paths`, which CEL cannot compile: they are always there.
+    """
     if not paths:
         return " && ".join(f"({cel})" for cel in expressions)
     sized = [cel for cel in expressions if SIZED.search(cel)]
     inner = " && ".join(f"({cel})" for cel in expressions if not SIZED.search(cel))
     for path in sorted(paths, key=len, reverse=True):
+        if f"has({path})" in inner:
+            raise ValueError(f"{path} is always there: leave has({path}) out of the rule")
         inner = re.sub(rf"(?<![\w.]){re.escape(path)}\b", _variable(path), inner)
     for path in sorted(paths, key=len, reverse=True):
         above, _, field = path.rpartition(".")
