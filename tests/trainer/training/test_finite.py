@@ -19,7 +19,7 @@ from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
-from luthier_trainer.training.finite import nonfinite_names
+from luthier_trainer.training.finite import changing_weights, nonfinite_names
 from luthier_trainer.training.result import _check_weights
 from luthier_trainer.workspace.manifest import problems
 
@@ -237,6 +237,30 @@ def test_one_element_among_many(dtype: torch.dtype, value: float) -> None:
         ("packed", torch.full((8,), 255, dtype=torch.uint8)),
     ]
     assert nonfinite_names(tensors) == ["bad"]
+
+
+def divided(shard: list[float], rank: int, size: int) -> torch.nn.Module:
+    """A weight of `size` numbers of which this rank holds a shard, as DeepSpeed's ZeRO-3 leaves it."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    weight: Any = model.weight
+    weight.ds_tensor, weight.ds_numel, weight.ds_zero_partition_rank = torch.tensor(shard), size, rank
+    return model
+
+
+spoilt = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.constant_(spoilt.weight, NAN)
+SHARDS = {
+    "what fills the last shard up is no weight": (divided([3.0, NAN], rank=1, size=3), []),
+    "a shard of nothing else": (divided([NAN, INF], rank=2, size=3), []),
+    "a weight of the last shard": (divided([NAN, 0.0], rank=1, size=3), ["weight"]),
+    "a weight of the first shard": (divided([1.0, NAN], rank=0, size=3), ["weight"]),
+    "a weight that nobody divides": (spoilt, ["weight"]),
+}
+
+
+@pytest.mark.parametrize(("model", "expect"), SHARDS.values(), ids=SHARDS)
+def test_what_a_process_holds_of_a_divided_weight(model: torch.nn.Module, expect: list[str]) -> None:
+    assert nonfinite_names(changing_weights(model)) == expect
 
 
 def test_the_files_of_a_result(tmp_path: Path) -> None:

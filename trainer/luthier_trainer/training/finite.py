@@ -46,10 +46,24 @@ def changing_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            yield name, weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+            yield name, weight.to_local() if isinstance(weight, DTensor) else own_part(weight)
     for name, module in model.named_modules():
         if counts(module):  # other buffers are constants, for example masks that hold minus infinity
             yield from module.named_buffers(name, recurse=False)
+
+
+def own_part(weight: torch.nn.Parameter) -> torch.Tensor:
+    """Return what this process holds of a weight: under ZeRO-3 its shard, else all of it.
+
+    DeepSpeed (0.19) fills the last shards up to the size of the others with whatever was in memory, NaN among it. These
+    numbers are left out.
+    """
+    divided: Any = weight
+    shard: torch.Tensor = getattr(divided, "ds_tensor", weight)
+    if shard is weight:
+        return weight
+    left = divided.ds_numel - divided.ds_zero_partition_rank * shard.numel()
+    return shard.flatten()[: max(left, 0)]
 
 
 def diverged(cause: str, saved: Path | None, step: int) -> Failure:
