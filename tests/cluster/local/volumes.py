@@ -60,12 +60,12 @@ def volume(namespace: str, claim: str) -> Path:
 
 
 def recycle() -> list[str]:
-    """Wipes each `Released` volume and offers it again; returns their names."""
+    """Wipes each `Released` volume of ours and offers it again; returns their names."""
     items = json.loads(kubectl("get", "pv", "-o", "json"))["items"]
     released = {
         item["metadata"]["name"]: Path(item["spec"]["hostPath"]["path"])
         for item in items
-        if item["status"].get("phase") == "Released"
+        if item["status"].get("phase") == "Released" and "hostPath" in item["spec"]
     }
     for name, path in released.items():
         for entry in path.iterdir():
