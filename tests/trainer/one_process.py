@@ -7,12 +7,14 @@ beside that work, test_quickstart shows.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -47,10 +49,9 @@ class Worked:
             redirect_stdout(output),
             redirect_stderr(output),
             TemporaryDirectory() as folder,
-            pytest.MonkeyPatch.context() as patch,
+            # What the work itself sets, such as HF_HUB_OFFLINE, is gone after it, too.
+            mock.patch.dict(os.environ, {Variables.RUN_DIR: folder, Variables.NODE_RANK: str(index)}),
         ):
-            patch.setenv(Variables.RUN_DIR, folder)
-            patch.setenv(Variables.NODE_RANK, str(index))
             done = import_module(MODULES[job.workload.verb(phase)]).main(run)
         self._message = worker.with_notices(done)
         end.write_text(json.dumps(self._message.dump()))
