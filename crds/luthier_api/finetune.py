@@ -34,8 +34,14 @@ class TrainingImages(ApiModel):
     """How images are shown to a model that learns to make them."""
 
     resolution: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
-    """Pixels of both sides, a multiple of 8. Of an image the middle is taken, scaled to this size. The models of Stable
-    Diffusion XL were trained with 1024.
+    """Pixels of both sides, a multiple of 8. Of an image the middle is taken, scaled to this size, unless bucketStep is
+    set. The models of Stable Diffusion XL were trained with 1024.
+    """
+    bucket_step: Annotated[int | None, Field(ge=8, le=1024, multiple_of=8)] = None
+    """Images keep about their shape: each is scaled and cropped to the size nearest to its aspect ratio (bucket). Sides
+    of these sizes are multiples of this number, 64 for example, from half of resolution to twice as much, and none has
+    more pixels than resolution × resolution. A micro-batch has images of one size, so that microBatchSize is 1 when
+    left out. All images are squares when left out.
     """
     min_snr_gamma: Annotated[float | None, Field(gt=0, le=1000)] = None
     """Min-SNR (arXiv:2303.09556, with 5): timesteps with little noise, whose errors are easy to lower and add little,
@@ -50,6 +56,13 @@ class TrainingImages(ApiModel):
     """Whether the text encoders learn beside the UNet: one of Stable Diffusion 1.5 and 2, both of XL. They get adapters
     on the modules that method.targetModules names; q_proj, k_proj, v_proj and out_proj are those of their attention.
     """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.bucketStep) || self.resolution % self.bucketStep == 0",
+            "image.bucketStep: must divide image.resolution, so that a square is one of the sizes; choose another one",
+        ),
+    )
 
 
 class FineTuneJobSpec(JobControl, TabledSpec):
@@ -119,4 +132,9 @@ class FineTuneJobSpec(JobControl, TabledSpec):
     def compares_rows(self) -> bool:
         """Whether what is learnt depends on which rows share a micro-batch, and so on how many they are."""
         kto = self.preference is not None and self.preference.loss_type == "kto"
-        return kto or TRAINING_TASKS[self.task].compares_rows
+        return kto or self.has_buckets or TRAINING_TASKS[self.task].compares_rows
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether images are learnt in several sizes, of which a micro-batch has one."""
+        return self.image is not None and self.image.bucket_step is not None

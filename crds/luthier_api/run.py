@@ -372,6 +372,10 @@ class PreparedRecord(Prepared):
     """
     class_weights: list[float] | None = None
     """How much a row counts in the loss by its class, in their order, if not all count alike (FineTuneJob)."""
+    group_rows: list[int] = Field(default_factory=list)
+    """Of a FineTuneJob: training rows of each group, if rows of several groups share no micro-batch, such as images of
+    several sizes.
+    """
     weights: Weights | None = None
     """Of a FineTuneJob: with it, another layout is planned without the model."""
     compute: Compute | None = None

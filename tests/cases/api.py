@@ -589,6 +589,11 @@ MARKS: list[Case] = [
         accepted=PICTURES | {"spec.image": {}},
     ),
     Case(
+        message="image.bucketStep: must divide image.resolution, so that",
+        refused=PICTURES | {"spec.image": {"resolution": 1024, "bucketStep": 48}},
+        accepted=PICTURES | {"spec.image": {"resolution": 1024, "bucketStep": 64}},
+    ),
+    Case(
         message="spec.image.priorLossWeight: weighs the images that dataset.columns.prior marks; set that column, or",
         refused=PICTURES | {"spec.image": {"priorLossWeight": 0.5}},
         accepted=PICTURES | {"spec.image": {"priorLossWeight": 0.5}, "spec.dataset.columns": {"prior": "class"}},

@@ -81,41 +81,50 @@ def make(pipe: StableDiffusionXLPipeline, tmp_path: Path) -> Callable[..., Diffu
     return make
 
 
-def plain_conditions(pipe: Any, caption: str, size: tuple[int, int], top_left: tuple[int, int]) -> dict[str, Any]:
-    """What the pipeline gives the UNet beside latent and timestep. `size`: height and width of the image."""
+def plain_conditions(
+    pipe: Any, caption: str, size: tuple[int, int], top_left: tuple[int, int], target: tuple[int, int]
+) -> dict[str, Any]:
+    """What the pipeline gives the UNet beside latent and timestep. `size`: height and width of the image, `target`: of
+    the crop.
+    """
     if not hasattr(pipe, "text_encoder_2"):
         hidden, _ = pipe.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": hidden}
     hidden, _, pooled, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False)
     width = pipe.text_encoder_2.config.projection_dim
-    time_ids = pipe._get_add_time_ids(size, top_left, (SIDE, SIDE), hidden.dtype, text_encoder_projection_dim=width)
+    time_ids = pipe._get_add_time_ids(size, top_left, target, hidden.dtype, text_encoder_projection_dim=width)
     return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 
 def plain_losses(
-    pipe: Any, unet: Any, schedule: DDPMScheduler, drawn: Any, rows: Sequence[dict[str, Any]] = ROWS
+    pipe: Any,
+    unet: Any,
+    schedule: DDPMScheduler,
+    drawn: Any,
+    rows: Sequence[dict[str, Any]] = ROWS,
+    target: tuple[int, int] = (SIDE, SIDE),
 ) -> torch.Tensor:
-    """What the pipeline's own methods and diffusers' scheduler make of the rows, one by one."""
+    """What the pipeline's own methods and diffusers' scheduler make of the rows, one by one.
+
+    `target`: height and width in which they are learnt.
+    """
     losses = []
     for i, row in enumerate(rows):
         width, height = row["pixel_values"].size
-        scale = SIDE / min(width, height)
-        box = ((width - min(width, height)) / 2, (height - min(width, height)) / 2)
-        square = row["pixel_values"].resize(
-            (SIDE, SIDE),
-            Image.Resampling.LANCZOS,
-            box=(*box, box[0] + min(width, height), box[1] + min(width, height)),
-        )
-        pixels = pipe.image_processor.preprocess(square)
+        scale = max(target[0] / height, target[1] / width)
+        left, top = (width - target[1] / scale) / 2, (height - target[0] / scale) / 2
+        box = (left, top, left + target[1] / scale, top + target[0] / scale)
+        crop = row["pixel_values"].resize(target[::-1], Image.Resampling.LANCZOS, box=box)
+        pixels = pipe.image_processor.preprocess(crop)
         posterior = pipe.vae.encode(pixels).latent_dist
         latents = (posterior.mean + posterior.std * drawn.posterior[i : i + 1]) * pipe.vae.config.scaling_factor
-        top_left = (round(box[1] * scale), round(box[0] * scale))
-        given = plain_conditions(pipe, row["caption"], (height, width), top_left)
+        top_left = (round(top * scale), round(left * scale))
+        given = plain_conditions(pipe, row["caption"], (height, width), top_left, target)
         noise, timestep = drawn.noise[i : i + 1], drawn.timesteps[i : i + 1]
         predicted = unet(schedule.add_noise(latents, noise, timestep), timestep, **given).sample
         velocity = schedule.config.prediction_type == "v_prediction"
-        target = schedule.get_velocity(latents, noise, timestep) if velocity else noise
-        losses.append(((predicted - target) ** 2).mean())
+        wanted = schedule.get_velocity(latents, noise, timestep) if velocity else noise
+        losses.append(((predicted - wanted) ** 2).mean())
     return torch.stack(losses)
 
 
@@ -137,6 +146,26 @@ def test_loss_is_that_of_plain_diffusers(
         expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn)
     torch.testing.assert_close(outputs["losses"], expect, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, expect.sum() / 4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bucket", [(24, 40), (40, 24)], ids=str)
+def test_images_of_a_bucket_are_those_of_plain_diffusers(
+    make: Callable[..., DiffusionTrainer], pipe: StableDiffusionXLPipeline, bucket: tuple[int, int]
+) -> None:
+    """Two images of other sizes, and a repetition of the last one, which fills up the batch and counts as nothing."""
+    trainer = make()
+    trainer.model.train()
+    rows = [row | {"bucket": [*bucket]} for row in ROWS]
+    batch = trainer.data_collator([*rows, rows[-1]])
+    assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == 2
+    drawn = draw_for_training(SEED, STEP, [0, 1], torch.Size((4, bucket[0] // 2, bucket[1] // 2)), 1000)
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=4)
+        expect = plain_losses(pipe, trainer.model, trainer.frozen.schedule, drawn, target=bucket)
+    torch.testing.assert_close(loss, expect.sum() / 4, rtol=5e-4, atol=1e-6)  # pixels differ by one, rounded
+    heights_and_widths = [[64, 40], [32, 96]]
+    assert batch["time_ids"][:, :2].tolist() == heights_and_widths
+    assert batch["time_ids"][:, 4:].tolist() == [[*bucket], [*bucket]]
 
 
 OF_CLASS = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.tasks.diffusion import DiffusionTrainer
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
 from luthier_trainer.workspace.plan import plan_training
@@ -134,6 +137,56 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     found = load_file(tmp_path / "style/result" / WEIGHTS)
     assert found.keys() == expect.keys()
     assert all(torch.equal(found[name], expect[name]) for name in expect)
+
+
+def test_images_of_several_sizes(sdxl: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image comes once in an epoch, in micro-batches of one size, also in a run that was stopped in the second."""
+    seen: list[tuple[float, list[int], torch.Size]] = []
+
+    class Watch(Heartbeat):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == stop_at:
+                (run_dir() / "stop").touch()
+
+    def collected(self: DiffusionTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            seen.append((self.state.global_step, inputs["labels"].tolist(), inputs["pixel_values"].shape[2:]))
+        return plain(self, model, inputs, *args, **kwargs)
+
+    plain = DiffusionTrainer.compute_loss
+    monkeypatch.setattr(DiffusionTrainer, "compute_loss", collected)
+    monkeypatch.setattr(train, "Heartbeat", Watch)
+    image = {"resolution": 32, "bucketStep": 8}
+    spec = {"image": image, "training": {"maxSteps": None, "epochs": 2, "logSteps": 1, "saveSteps": 100}}
+    run, stop_at = job(tmp_path / "whole", sdxl, pictures, **spec), -1
+    prepare.main(run)
+    rows = load_from_disk(read_prepared(run).dataset_path)["train"]
+    sizes = Counter(tuple(bucket) for bucket in rows["bucket"])
+    batches = sum(math.ceil(count / 2) for count in sizes.values())
+    assert len(sizes) > 2
+    assert any(count % 2 for count in sizes.values())
+    assert read_prepared(run).plan.steps == 2 * math.ceil(batches / 2)
+    said = [text for text in notices.given() if text.startswith("spec.image.bucketStep: 10 training rows have images")]
+    assert len(said) == 1
+    train.main(run)
+    whole = seen.copy()
+    assert all(tuple(size) == tuple(rows[row]["bucket"]) for _, of_batch, size in whole for row in of_batch)
+    for begin in (0, batches):
+        assert sorted(row for _, some, _ in whole[begin : begin + batches] for row in some) == list(range(10))
+
+    seen.clear()
+    stopped, stop_at = job(tmp_path / "stopped", sdxl, pictures, **spec), math.ceil(batches / 2)
+    prepare.main(stopped)
+    assert train.main(stopped).code == 75
+    (run_dir() / "stop").unlink()
+    other = stopped.spec.training.model_copy(update={"micro_batch_size": 1})
+    smaller = stopped.model_copy(update={"spec": stopped.spec.model_copy(update={"training": other})})
+    with pytest.raises(Failure, match=r"spec\.training\.microBatchSize"):
+        train.main(smaller)
+    stop_at = -1
+    train.main(stopped)
+    assert seen == whole
+    assert losses(stopped) == losses(run)
 
 
 def test_the_result_is_an_adapter_of_diffusers(trained: Trained) -> None:

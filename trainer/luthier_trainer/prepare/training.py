@@ -50,6 +50,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     `cache`: folder for downloaded data. Raises Failure if the job cannot run.
     """
     import datasets
+    import numpy
     from datasets import DatasetDict
     from transformers.utils import logging
 
@@ -95,7 +96,9 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     first_row.keep(train, task, model.processor, folder.prepared)
     trouble = task.cannot_recompute(model, spec) if spec.resources.gpus_per_node > 0 else None
     learnt = len(train) if examples.stream is None else streamed.rows_learnt(spec)
-    rows = task.epoch_rows(spec, learnt)
+    groups = task.groups(train)
+    group_rows = [] if groups is None else numpy.unique(groups, return_counts=True)[1].tolist()
+    rows = task.epoch_rows(spec, learnt, group_rows)
     whole = task.whole_logits(model)
     attention = task.attention(model, spec)
     plan = plan_training(spec, rows, weight_files.count(model.path, MODEL), trouble, whole, attention)
@@ -154,6 +157,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         memory_facts=facts.memory,
         cannot_recompute=trouble,
         class_weights=class_weights,
+        group_rows=group_rows,
         whole_logits=whole,
         attention=attention,
         model_path=str(model.path),
@@ -178,7 +182,7 @@ def with_present_plan(run: FineTuneRun, record: PreparedRecord, folder: Workspac
     """
     if record.weights is None or record.memory_facts is None:
         return record
-    rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows)
+    rows = task_of(run.spec).epoch_rows(run.spec, record.dataset.rows, record.group_rows)
     plan = plan_training(
         run.spec, rows, record.plan.parameters, record.cannot_recompute, record.whole_logits, record.attention
     )

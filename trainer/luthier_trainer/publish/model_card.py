@@ -97,7 +97,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         "Steps": plan.steps,
         "Tokens a row, at most": training.max_length,
         "Seconds of a clip, at most": training.max_seconds,
-        "Pixels of an image": f"{spec.image.resolution} × {spec.image.resolution}" if spec.image else None,
+        "Pixels of an image": described_pixels(spec),
         "Augmentation": described_augmentation(training.augmentation),
         "Packing": None if training.packing in (None, "none") else training.packing,
         "Strategy": f"{plan.strategy}, {plan.world_size} processes",
@@ -155,6 +155,14 @@ def described_method(spec: FineTuneJobSpec) -> str:
     quantization = spec.model.quantization
     beside = f" on a base in {QUANTIZATIONS[quantization.type].title}" if quantization else ""
     return f"{spec.method.type}{f' ({settings})' if settings else ''}{beside}"
+
+
+def described_pixels(spec: FineTuneJobSpec) -> str | None:
+    """Return the sizes in which images were learnt; None for tasks that have no such setting."""
+    if spec.image is None:
+        return None
+    square = f"{spec.image.resolution} × {spec.image.resolution}"
+    return square if spec.image.bucket_step is None else f"at most as many as {square}, in several shapes"
 
 
 def described_augmentation(augmentation: Augmentation | None) -> str | None:

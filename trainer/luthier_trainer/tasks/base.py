@@ -19,6 +19,7 @@ from luthier_api.tasks import TRAINING_TASKS
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data.load import Rows
 from luthier_trainer.models.sources import Located
+from luthier_trainer.workspace.plan import micro_batch
 
 if TYPE_CHECKING:
     import numpy
@@ -286,9 +287,20 @@ class Task(Batches, Protocol):
         """Return the number of tokens in the encoded rows; None if rows have no tokens."""
         return None
 
-    def epoch_rows(self, spec: FineTuneJobSpec, rows: int) -> int:
-        """Return the rows that the steps of an epoch have in the unit of `training.batchSize`."""
-        return rows
+    def groups(self, data: Dataset) -> Sequence[int] | None:
+        """Return the group of each encoded row; None if all rows can share a micro-batch."""
+        return None
+
+    def epoch_rows(self, spec: FineTuneJobSpec, rows: int, groups: Sequence[int] = ()) -> int:
+        """Return the rows that the steps of an epoch have in the unit of `training.batchSize`.
+
+        `groups`: the rows of each group, where only rows of one group share a micro-batch. The last micro-batch of a
+        group counts as a whole one.
+        """
+        if not groups:
+            return rows
+        rows_at_once = micro_batch(spec, spec.training.batch_size // spec.resources.world_size)[0]
+        return sum(-(-size // rows_at_once) * rows_at_once for size in groups)
 
     def attention(self, model: Model, spec: FineTuneJobSpec) -> Attention | None:
         """Return how the model's attention can be computed; None for models that are not of transformers.

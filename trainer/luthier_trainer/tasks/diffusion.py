@@ -24,6 +24,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_api.run import Compute
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.compute import count_operations, of_images
+from luthier_trainer.tasks.buckets import Size
 from luthier_trainer.tasks.images import PIXELS, ROW
 from luthier_trainer.tasks.text_to_image import TIME_IDS, images_of_a_row
 from luthier_trainer.workspace.flops import MULTIPLY_ADD
@@ -300,29 +301,31 @@ class DiffusionTrainer(Trainer):
         return given, self.frozen.target(latents, drawn)
 
 
-def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec) -> Compute:
-    """Return the multiply-adds of a step for one row: an image, or with prior preservation two.
+def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec, size: Size) -> Compute:
+    """Return the multiply-adds of a step for one row: an image of `size`, or with prior preservation two.
 
     `found`: the models of a pipeline on the meta device, by their names in it. All weights of the part that gets
     adapters learn.
     """
-    vae, model, resolution = found["vae"], learning_part(found, spec), spec.image.resolution
+    vae, model = found["vae"], learning_part(found, spec)
     images = images_of_a_row(spec)
     encoders = list(encoders_of(found).values())
     with torch.device("meta"):
         tokens = [torch.empty(images, e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
         time_ids = torch.empty(images, TIME_IDS)
-    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    unit = pipelines.pixels_of_a_latent(vae)
 
     def frozen() -> None:
-        vae.encode(torch.empty(images, 3, resolution, resolution, device="meta"))
+        vae.encode(torch.empty(images, 3, size.height, size.width, device="meta"))
         if not learns:
             conditions(encoders, tokens, time_ids)
 
     learns = isinstance(model, ReadingUNet)
     read = {"tokens": tokens, "time_ids": time_ids} if learns else conditions(encoders, tokens, time_ids)
     inputs = {
-        "sample": torch.empty(images, vae.config.latent_channels, side, side, device="meta"),
+        "sample": torch.empty(
+            images, vae.config.latent_channels, size.height // unit, size.width // unit, device="meta"
+        ),
         "timestep": torch.empty(images, device="meta"),
         **read,
     }

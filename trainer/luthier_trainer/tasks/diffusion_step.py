@@ -12,6 +12,7 @@ from luthier_api.finetune import FineTuneJobSpec
 from luthier_trainer.models.memory import Forward, Trial
 from luthier_trainer.runtime.devices import DTYPES
 from luthier_trainer.tasks.base import Batch
+from luthier_trainer.tasks.buckets import Size
 from luthier_trainer.tasks.diffusion import (
     TOKENS,
     Draw,
@@ -26,8 +27,8 @@ from luthier_trainer.tasks.text_to_image import TIME_IDS, images_of_a_row
 from luthier_trainer.workspace.plan import plan_precision
 
 
-def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec) -> Trial:
-    """Return a step over images, as `diffusion.DiffusionTrainer` computes it.
+def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec, size: Size) -> Trial:
+    """Return a step over images of `size`, as `diffusion.DiffusionTrainer` computes it.
 
     `found`: the models of a pipeline on the meta device, by their names in it. `schedule`: configuration of its noise.
     """
@@ -41,14 +42,14 @@ def of_images(found: Mapping[str, Any], schedule: Any, spec: FineTuneJobSpec) ->
         other.requires_grad_(False).eval()
     frozen = FrozenModels(found["vae"], resting, DDPMScheduler.from_config(schedule))
     frozen.schedule.alphas_cumprod = frozen.schedule.alphas_cumprod.to("meta")  # the first step would move them
-    side, words = spec.image.resolution, encoders[0].config.max_position_embeddings
+    words = encoders[0].config.max_position_embeddings
 
     def batch(rows: int) -> Batch:
         rows *= images_of_a_row(spec)
         with torch.device("meta"):
             tokens = {name: torch.empty((rows, words), dtype=torch.int64) for name in TOKENS[: len(encoders)]}
             sizes = {"time_ids": torch.empty(rows, TIME_IDS)} if len(encoders) > 1 else {}
-            return {PIXELS: torch.empty(rows, 3, side, side), **tokens, **sizes}
+            return {PIXELS: torch.empty(rows, 3, size.height, size.width), **tokens, **sizes}
 
     def step(forward: Forward, batch: dict[str, Any]) -> torch.Tensor:
         mean, deviation = frozen.likely_latents(batch[PIXELS])

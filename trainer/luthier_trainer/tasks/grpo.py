@@ -174,7 +174,7 @@ class Grpo(TextTask):
         """Return the number of tokens in all prompts."""
         return sum(data["length"])
 
-    def epoch_rows(self, spec: FineTuneJobSpec, rows: int) -> int:
+    def epoch_rows(self, spec: FineTuneJobSpec, rows: int, groups: Sequence[int] = ()) -> int:
         """Return the completions of an epoch. Its last step is filled up with prompts of its beginning."""
         prompts = prompts_a_step(spec)
         return -(-rows // prompts) * spec.training.batch_size

@@ -27,9 +27,10 @@ from luthier_trainer.models.materialize import whole_model
 from luthier_trainer.models.sources import Located
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.notices import notice
-from luthier_trainer.tasks import images
+from luthier_trainer.tasks import buckets, images
 from luthier_trainer.tasks.base import Batch, Collator, LoadedModel, Model, Task, TrainerSetup, TrainingContext
 from luthier_trainer.tasks.batches import LabelledBatches, measured_by
+from luthier_trainer.tasks.buckets import BUCKET, Size
 from luthier_trainer.tasks.images import PIXELS, ROW
 from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
 
@@ -79,9 +80,10 @@ class TextToImage(LabelledBatches, Task):
     def encode(self, rows: Rows, processor: None, spec: FineTuneJobSpec, labels: list[str] | None, use: str) -> Dataset:
         """Return the columns `pixel_values` (still encoded files), `caption` and `labels` (the number of the row).
 
-        With prior preservation, training rows also have `prior_pixel_values` and `prior_caption`.
+        With prior preservation, training rows also have `prior_pixel_values` and `prior_caption`. With
+        `image.bucketStep` a row has the height and width of its images, `bucket`.
         """
-        from datasets import Features, Image, Value
+        from datasets import Features, Image, List, Value
 
         names = {spec.dataset.columns.image: PIXELS, spec.dataset.columns.text: CAPTION}
         data = rows.data.select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
@@ -90,7 +92,17 @@ class TextToImage(LabelledBatches, Task):
             data = paired(data, priors_of(rows, spec))
             features |= {PRIOR + name: feature for name, feature in features.items()}
         data = data.add_column(ROW, list(range(len(data))))
-        return data.cast(Features({**features, ROW: Value("int64")}))
+        features |= {ROW: Value("int64")}
+        if spec.image.bucket_step is not None:
+            data = buckets.with_buckets(
+                data, [name for name in (PIXELS, PRIOR + PIXELS) if name in features], spec, use
+            )
+            features |= {BUCKET: List(Value("int64"))}
+        return data.cast(Features(features))
+
+    def groups(self, data: Dataset) -> list[int] | None:
+        """Return a number for each row that stands for the size of its images; None if all are of one."""
+        return buckets.numbered(data[BUCKET][:]) if BUCKET in data.column_names else None
 
     def contents(self, rows: Rows, spec: FineTuneJobSpec) -> Iterator[Sequence[str | bytes]]:
         return images.contents(rows, spec)
@@ -114,12 +126,16 @@ class TextToImage(LabelledBatches, Task):
     def compute(
         self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None
     ) -> Compute | None:
-        """Return the multiply-adds of one image: of what gets adapters, and of the models that are frozen."""
+        """Return the multiply-adds of one image: of what gets adapters, and of the models that are frozen.
+
+        Of several sizes, the one counts that has about as many pixels as they have on average.
+        """
         from luthier_trainer.models import pipelines
         from luthier_trainer.tasks.diffusion import learning_part, macs_of
 
         found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
-        return with_adapters(macs_of(found, spec), learning_part(found, spec), [], spec)
+        size = buckets.average(rows, spec)
+        return with_adapters(macs_of(found, spec, size), learning_part(found, spec), [], spec)
 
     def trial(self, model: Model, spec: FineTuneJobSpec, labels: list[str] | None, rows: Dataset | None) -> Trial | str:
         from luthier_trainer.models import pipelines
@@ -127,7 +143,8 @@ class TextToImage(LabelledBatches, Task):
 
         index = pipelines.index_of(model.path, inspect.MODEL)
         found = pipelines.skeletons(model.path, index, inspect.MODEL)
-        return of_images(found, pipelines.read_scheduler(model.path, index, inspect.MODEL).config, spec)
+        schedule = pipelines.read_scheduler(model.path, index, inspect.MODEL).config
+        return of_images(found, schedule, spec, buckets.largest(rows, spec))
 
     def computed_tokens(self, batch: Batch) -> None:
         """Return None: captions are filled up to the length of the encoder, and no token of them is learnt."""
@@ -142,7 +159,10 @@ class TextToImage(LabelledBatches, Task):
 
     def arguments(self, spec: FineTuneJobSpec, common: Mapping[str, Any]) -> TrainingArguments:
         # transformers would drop the columns that are not arguments of the UNet's `forward`.
-        return super().arguments(spec, {**common, "remove_unused_columns": False})
+        common = {**common, "remove_unused_columns": False}
+        if spec.image.bucket_step is not None:
+            common["per_device_eval_batch_size"] = 1  # held-out images come in their own order, of all sizes
+        return super().arguments(spec, common)
 
     def load_model(self, context: TrainingContext) -> LoadedModel:
         from luthier_trainer.tasks.diffusion import load_learning
@@ -196,12 +216,13 @@ def check_pipeline(path: Path, spec: FineTuneJobSpec, field: str) -> dict[str, A
     check_schedule(pipelines.read_scheduler(path, index, field).config, field)
     unit = pipelines.pixels_of_a_latent(models["vae"])
     side = spec.image.resolution
-    if side % unit:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"spec.image.resolution: {side} is not a multiple of {unit}, as this model wants; set"
-            f" {side // unit * unit} or {(side // unit + 1) * unit}",
-        )
+    for name, pixels in (("resolution", side), ("bucketStep", spec.image.bucket_step)):
+        if pixels and pixels % unit:
+            raise Failure(
+                ExitCode.INVALID_SPEC,
+                f"spec.image.{name}: {pixels} is not a multiple of {unit}, as this model wants; set"
+                f" {pixels // unit * unit or unit} or {(pixels // unit + 1) * unit}",
+            )
     check_conditioning(models, side // unit, field)
     return models
 
@@ -349,23 +370,23 @@ def read_tokenizers(path: Path) -> list[PreTrainedTokenizerBase]:
 
 @dataclass(frozen=True)
 class Framed:
-    """A square crop of an image, and its position in the image."""
+    """A crop of an image, and its position in the image."""
 
     image: PIL.Image.Image
     time_ids: tuple[int, ...]
     """SDXL's inputs besides the caption: original height and width, top and left of the crop, its height and width."""
 
 
-def framed(image: PIL.Image.Image, resolution: int) -> Framed:
-    """Return the centre crop of an image, scaled so that its shorter side has `resolution` pixels."""
+def framed(image: PIL.Image.Image, size: Size) -> Framed:
+    """Return the centre crop of an image, scaled so that it covers `size` and no more."""
     import PIL.Image
     import PIL.ImageOps
 
     width, height = image.size
-    scale = resolution / min(width, height)
-    top, left = (round((side * scale - resolution) / 2) for side in (height, width))
-    square = PIL.ImageOps.fit(image.convert("RGB"), (resolution, resolution), PIL.Image.Resampling.LANCZOS)
-    return Framed(square, (height, width, top, left, resolution, resolution))
+    scale = max(size.height / height, size.width / width)
+    top, left = round((height * scale - size.height) / 2), round((width * scale - size.width) / 2)
+    crop = PIL.ImageOps.fit(image.convert("RGB"), (size.width, size.height), PIL.Image.Resampling.LANCZOS)
+    return Framed(crop, (height, width, top, left, size.height, size.width))
 
 
 def pixels_of(image: PIL.Image.Image) -> torch.Tensor:
@@ -383,13 +404,22 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> torch.
 
 
 def collator(tokenizers: list[PreTrainedTokenizerBase], resolution: int) -> Collator:
-    """Return a function that makes batches of square images with `resolution` pixels a side."""
+    """Return a function that makes batches of images: squares with `resolution` pixels a side, or of the size that all
+    rows of a batch have (`image.bucketStep`).
+    """
     import torch
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
-        """Return a batch of `DiffusionTrainer`. The dataset decodes the images of `rows` when it reads them."""
+        """Return a batch of `DiffusionTrainer`. The dataset decodes the images of `rows` when it reads them.
+
+        Repetitions of a row, with which `training.order.InGroups` fills up batches, are left out.
+        """
+        size = Size(resolution, resolution)
+        if BUCKET in rows[0]:
+            rows = list({row[ROW]: row for row in rows}.values())
+            size = Size(*rows[0][BUCKET])
         prefixes = ("", PRIOR) if PRIOR + PIXELS in rows[0] else ("",)
-        frames = [framed(row[prefix + PIXELS], resolution) for prefix in prefixes for row in rows]
+        frames = [framed(row[prefix + PIXELS], size) for prefix in prefixes for row in rows]
         captions = [row[prefix + CAPTION] for prefix in prefixes for row in rows]
         batch = {
             PIXELS: torch.stack([pixels_of(frame.image) for frame in frames]),

@@ -49,9 +49,12 @@ def identity(run: FineTuneRun, prepared: PreparedRecord) -> dict[str, Any]:
     """Return what must be the same for a checkpoint, or a result, to belong to this run: field → value.
 
     It holds the fields of the spec that affect the result, and the revisions of model and dataset. Strategy and
-    resources are represented by what they resolve to: the planned strategy and the number of processes.
+    resources are represented by what they resolve to: the planned strategy and the number of processes. Where a
+    micro-batch has images of one size, the order of an epoch depends on how many rows that are.
     """
     spec = {f"spec.{field}": value for field, value in result_part(run.spec).items() if field != "resources"}
+    if run.spec.has_buckets:
+        spec["spec.training.microBatchSize"] = prepared.plan.micro_batch_size
     return spec | {
         "the model's revision": prepared.model.revision,
         "the dataset's revision": prepared.dataset.revision,

@@ -29,6 +29,7 @@ from luthier_api.tasks import TASKS, TRAINING_TASKS
 from luthier_api.termination import TerminationMessage
 from luthier_api.training import Training
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.distributed.strategy import FSDP, assert_started, count, uses_deepspeed
 from luthier_trainer.methods import apply as methods
@@ -47,7 +48,7 @@ from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.tasks.base import TrainingContext
 from luthier_trainer.tasks.table import task_of
 from luthier_trainer.tracking.callback import Tracking, tracking
-from luthier_trainer.training import checkpoint, optimizers, result
+from luthier_trainer.training import checkpoint, optimizers, order, result
 from luthier_trainer.training.arguments import training_arguments
 from luthier_trainer.training.best import Choice
 from luthier_trainer.training.callbacks import FirstSave, Guard, Heartbeat, MethodSteps, Report, Stop
@@ -117,7 +118,8 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         rows = streamed_rows(task, spec, prepared.stream, processor, workspace.stream, ranks.rank, resume)
     choice = Choice.of(spec.training, TRAINING_TASKS[spec.task])
     arguments.eval_on_start = "eval" in data and (
-        resume is None or owes_evaluation(resume, spec.training, prepared.plan, task.epoch_rows(spec, len(rows)))
+        resume is None
+        or owes_evaluation(resume, spec.training, prepared.plan, task.epoch_rows(spec, len(rows), prepared.group_rows))
     )
     before = (read_manifest(resume) or {}) if resume else {}
 
@@ -237,7 +239,10 @@ def main(run: FineTuneRun | GenerateRun, observers: Sequence[Any] = ()) -> Termi
         checkpoint_bytes=prepared.plan.checkpoint_bytes or 0,
         seconds_before=before.get("seconds", 0.0),
         rows_a_step=spec.training.batch_size,
-        group_by_length=bool(spec.training.group_by_length),
+        order=order.of_epochs(task, spec, prepared.plan, rows) if prepared.stream is None else None,
+        evaluation_order=(
+            longest_first(data["eval"]["length"][:]) if spec.training.group_by_length and "eval" in data else None
+        ),
         method_state=method_state,
         own_optimizer=lambda trainer: optimizers.own(trainer, spec.training, spec.task),
     )

@@ -24,7 +24,6 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint, is_de
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.data.lengths import longest_first
 from luthier_trainer.distributed.ranks import Ranks
 from luthier_trainer.methods.state import MethodState
 from luthier_trainer.models import fsdp
@@ -38,7 +37,7 @@ from luthier_trainer.tasks.base import Batch, Batches, Drawn
 from luthier_trainer.training import checkpoint, finite
 from luthier_trainer.training.best import Choice, Evaluation
 from luthier_trainer.training.optimizers import Withholding, withholding
-from luthier_trainer.training.order import ByLength
+from luthier_trainer.training.order import EpochOrder
 from luthier_trainer.training.stream import StreamedRows
 
 WITHOUT_WEIGHT = "without_weight"  # key in a batch that does not count in the loss; its value is the original batch
@@ -75,26 +74,22 @@ class Resilient(Base):
         checkpoint_bytes: int,
         seconds_before: float,
         rows_a_step: int,
-        group_by_length: bool = False,
+        order: EpochOrder | None = None,
+        evaluation_order: list[int] | None = None,
         method_state: MethodState | None = None,
         own_optimizer: Callable[[Any], torch.optim.Optimizer | None],
         drawn: Drawn | None = None,
         begin_epoch: Callable[[int], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`rows_a_step`: rows of an optimiser step. `group_by_length`: rows of similar lengths share a step.
+        """`rows_a_step`: rows of an optimiser step. `order`: in which an epoch reads the rows; None: at random.
+        `evaluation_order`: positions of the held-out rows; None: their own order.
 
         `drawn` draws what is random in a batch, and `begin_epoch` tells the collator of the epoch. `method_state`: what
         the method has for checkpoints and steps, where that is more than PEFT saves. `own_optimizer` makes the
         optimiser for this trainer, or returns None if transformers makes it.
         """
-        self._by_length: ByLength | None = None
-        self._evaluation_order: list[int] | None = None
-        if group_by_length:
-            # Read here, because the trainer removes columns that the model does not take before it makes a sampler.
-            self._by_length = ByLength(kwargs["train_dataset"]["length"][:], rows_a_step, kwargs["args"].seed)
-            if kwargs["eval_dataset"] is not None:
-                self._evaluation_order = longest_first(kwargs["eval_dataset"]["length"][:])
+        self._order, self._evaluation_order = order, evaluation_order
         self.is_sharded = fsdp.is_sharded(kwargs["model"])
         """Whether FSDP divides the weights."""
         # transformers 5.23 refuses to save the optimiser of such a model. This class saves and loads the shards itself.
@@ -297,16 +292,16 @@ class Resilient(Base):
         sampler = kwargs["train_dataloader"].batch_sampler
         if isinstance(sampler, BatchSamplerShard):
             sampler.even_batches = False
-        if self._by_length is not None:
+        if self._order is not None:
             # transformers 5.23 tells the sampler of several processes nothing when it resumes within an epoch.
-            self._by_length.epoch = kwargs["epoch"]
+            self._order.epoch = kwargs["epoch"]
         self._begin_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if isinstance(self.train_dataset, StreamedRows):
             return SequentialSampler(self.train_dataset)
-        return self._by_length or super()._get_train_sampler(train_dataset)
+        return self._order or super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return self._evaluation_order or super()._get_eval_sampler(eval_dataset)

@@ -74,6 +74,11 @@ def micro_batch(spec: FineTuneJobSpec, share: int) -> tuple[int, list[str]]:
     training = spec.training
     if training.micro_batch_size:
         return training.micro_batch_size, []
+    if spec.has_buckets:
+        return 1, [
+            "microBatchSize: 1, because images of several sizes share no forward pass. With more, a step takes less"
+            " time, and steps with the last images of a size have fewer than batchSize"
+        ]
     if TRAINING_TASKS[spec.task].compares_rows:
         return share, [f"microBatchSize: {share}, all rows of a step, because each of them is compared with the others"]
     rows = largest_divisor(share, MICRO_BATCH_LIMIT)
