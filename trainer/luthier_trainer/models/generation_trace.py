@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,32 +46,33 @@ def written(forward: Any, generation: Generation, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """What an encoder-decoder writes: a text for each source, by beam search or, with one beam, greedily."""
+    """What an encoder-decoder writes: a text for each row, by beam search or, with one beam, greedily."""
 
-    source: int
-    """Tokens of the longest source."""
+    inputs: Mapping[str, torch.Tensor]
+    """What the encoder reads, on the meta device: [rows, ...] each."""
     text: int
     """Tokens of the longest text."""
     beams: int
 
 
-def searched(forward: Any, search: Search, rows: int) -> None:
+def searched(forward: Any, search: Search) -> None:
     """Compute the encoder's pass, and the first and the last token of texts on the meta device.
 
     Each beam has the keys and values of its own text, and of a copy of the encoder's outputs (transformers 5.23).
     `forward`: a `models.memory.Forward`.
     """
     on_meta = {"dtype": torch.int64, "device": "meta"}
-    source = torch.empty((rows, search.source), **on_meta)
+    rows = len(next(iter(search.inputs.values())))
     first = torch.empty((rows, 1), **on_meta)
-    read = forward(input_ids=source, attention_mask=torch.empty_like(source), decoder_input_ids=first, use_cache=False)
+    read = forward(**search.inputs, decoder_input_ids=first, use_cache=False)
     hidden = read["encoder_last_hidden_state"].repeat_interleave(search.beams, dim=0)
     del read
     beside = {
         "encoder_outputs": BaseModelOutput(last_hidden_state=hidden),
-        "attention_mask": source.repeat_interleave(search.beams, dim=0),
         "use_cache": True,
     }
+    if (mask := search.inputs.get("attention_mask")) is not None:
+        beside["attention_mask"] = mask.repeat_interleave(search.beams, dim=0)
     token = torch.empty((rows * search.beams, 1), **on_meta)
     found = forward(decoder_input_ids=token, **beside)
     before = choose_beams(search, found)

@@ -22,7 +22,7 @@ from luthier_trainer.generation.rows import Line
 from luthier_trainer.methods.checks import check_quantisable
 from luthier_trainer.models import adapters, checks, embedding, inspect, processors, sources, weight_check, weight_files
 from luthier_trainer.models.materialize import whole_model
-from luthier_trainer.prepare import generation_files, image_plan, references, text_plan
+from luthier_trainer.prepare import answer_plan, generation_files, image_plan, references
 from luthier_trainer.prepare.bad_rows import BadRow
 from luthier_trainer.prepare.generation_cells import is_chat
 from luthier_trainer.prepare.generation_rows import read_inputs, write_rows
@@ -435,9 +435,9 @@ CHECKED_TOGETHER: Mapping[
 """Library → the function that checks model and adapters together and returns the number of weights."""
 
 
-def plan_texts(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
-    """Return `plan` with what the texts need of the GPU. Raises Failure if that is more than it has."""
-    return text_plan.fitted(run, plan, path, WorkspaceFolder(Path(run.workspace)).prepared / ROWS)
+def plan_answers(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
+    """Return `plan` with what the model needs of the GPU. Raises Failure if that is more than it has."""
+    return answer_plan.fitted(run, plan, path, WorkspaceFolder(Path(run.workspace)).prepared / ROWS)
 
 
 def plan_images(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
@@ -446,7 +446,7 @@ def plan_images(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, 
 
 
 PLANNED: Mapping[str, Callable[[GenerateRun, Plan, Path, Path | None, Iterable[Line]], Plan]] = {
-    "transformers": plan_texts,
+    "transformers": plan_answers,
     "diffusers": plan_images,
 }
 """Library → the function that plans the memory of its models."""

@@ -150,13 +150,13 @@ class Seq2Seq(LabelledBatches, TextTask):
 
         def evaluate(forward: Forward, given: dict[str, Any]) -> None:
             outputs = forward(**given, use_cache=False)
-            searched(forward.of_base(), search, len(given["labels"]))
+            source = {name: given[name] for name in ("input_ids", "attention_mask")}
+            searched(forward.of_base(), Search(source, spec.seq2seq.max_target_length, spec.seq2seq.beams))
             del outputs  # which are held while the model writes
 
-        search = Search(max(read), spec.seq2seq.max_target_length, spec.seq2seq.beams)
         mixed = rows is None or min(read) < max(read) or min(written) < max(written)
         longest = max(read) + max(written)
-        evaluates = evaluate if search.beams else None
+        evaluates = evaluate if spec.seq2seq.beams else None
         trial = Trial(made, batch, None, [], longest, mixed, evaluates=evaluates)
         return token_loss.planned(trial, spec, self.whole_logits(model), shifted=False)
 

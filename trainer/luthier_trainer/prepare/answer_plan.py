@@ -1,12 +1,13 @@
-"""Plans texts for the memory of a GPU: a model that does not fit is refused, with what would.
+"""Plans what models of transformers do for the memory of a GPU: one that does not fit is refused, with what would.
 
-Nothing is chosen here: what takes less memory takes much more time, or changes the texts.
+Nothing is chosen here: what takes less memory takes much more time, or changes the answers.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from luthier_trainer.workspace import space
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from luthier_trainer.generation.text_memory import Work
+    from luthier_trainer.generation.answer_memory import Work
 
 MODEL = "spec.model"
 TOKENISED = 64  # rows with the most characters, of which the one with the most tokens is taken
@@ -36,27 +37,81 @@ NO_LIMIT = 10**9  # tokenizers whose files set no length have a larger one than 
 
 
 def fitted(run: GenerateRun, plan: Plan, path: Path, prepared_rows: Path) -> Plan:
-    """Return `plan` with what the texts need of the GPU. `prepared_rows`: the file of them.
+    """Return `plan` with what the model needs of the GPU. `prepared_rows`: the file of the rows.
 
     Raises Failure(DOES_NOT_FIT) if it is more than the GPU has.
     """
     spec = run.spec
     plan = plan.model_copy(update={"offload": spec.text.offload if spec.text else None})
-    if not spec.resources.gpus or TASKS[spec.task].modality != "text":
+    if not spec.resources.gpus:
         return plan
     config = inspect.read_config(path, MODEL)
-    tokenizer = processors.read_tokenizer(WorkspaceFolder(Path(run.workspace)).prepared / "tokenizer", MODEL)
-    read, written = longest(spec, rows.read(prepared_rows), tokenizer, inspect.max_positions(config))
+    row = LARGEST[TASKS[spec.task].modality](spec, config, WorkspaceFolder(Path(run.workspace)), prepared_rows)
     try:
-        memory = measured(spec, plan, config, read, written)
+        memory = measured(spec, plan, config, row)
     except Exception as error:  # what an architecture cannot do on the meta device must not end the job
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN]}"
-        notice(f"{MODEL}: what its texts need of the GPU is not known ({what}), and is compared with nothing")
+        notice(f"{MODEL}: what its {row.name} need of the GPU is not known ({what}), and is compared with nothing")
         return plan
     limit = limit_of(run)
     if limit is not None and memory.gpu_bytes > limit:
-        raise Failure(ExitCode.DOES_NOT_FIT, refusal(spec, plan, config, read, written, memory, limit))
+        raise Failure(ExitCode.DOES_NOT_FIT, refusal(spec, plan, config, row, memory, limit))
     return plan.model_copy(update={"memory": memory})
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the model reads and writes of one row, at most."""
+
+    name: str
+    """What rows are, for people: a plural."""
+    read: tuple[int, ...]
+    """Shape of what is read: tokens, or the input of an image or of audio."""
+    written: int
+    """Tokens; 0 if none are written."""
+
+    @property
+    def size(self) -> str:
+        """Return how large it is, for people."""
+        if len(self.read) == 1:
+            return f"{self.read[0] + self.written} tokens each"
+        written = f" and {self.written} tokens" if self.written else ""
+        return f"{' x '.join(map(str, self.read))} values{written} each"
+
+
+def largest_text(spec: GenerateJobSpec, config: PreTrainedConfig, folder: WorkspaceFolder, prepared_rows: Path) -> Row:
+    tokenizer = processors.read_tokenizer(folder.prepared / "tokenizer", MODEL)
+    read, written = longest(spec, rows.read(prepared_rows), tokenizer, inspect.max_positions(config))
+    return Row("texts", (read,), written)
+
+
+def largest_image(spec: GenerateJobSpec, config: PreTrainedConfig, folder: WorkspaceFolder, prepared_rows: Path) -> Row:
+    """Return the same for images, which all become inputs of one size."""
+    from luthier_trainer.generation.engines.looking import PROCESSOR
+    from luthier_trainer.tasks import images
+
+    shape = images.shape_of(processors.read_image_processor(folder.prepared / PROCESSOR, MODEL))
+    written = max((written_after(spec, line) for line in rows.read(prepared_rows)), default=0)
+    return Row("images", shape, written)
+
+
+def largest_audio(spec: GenerateJobSpec, config: PreTrainedConfig, folder: WorkspaceFolder, prepared_rows: Path) -> Row:
+    """Return the same for audio, which becomes inputs of one size, a window at a time, with the longest of texts."""
+    from luthier_trainer.generation.engines.speech import PROCESSOR
+    from luthier_trainer.tasks.audio import Hearing
+
+    extractor = processors.read_speech_processor(folder.prepared / PROCESSOR, MODEL).feature_extractor
+    hearing = Hearing.up_to(extractor, None)
+    shape = hearing.example(hearing.most)[extractor.model_input_names[0]].shape[1:]
+    return Row("audio files", tuple(shape), config.max_target_positions)
+
+
+LARGEST: Mapping[str, Callable[[GenerateJobSpec, PreTrainedConfig, WorkspaceFolder, Path], Row]] = {
+    "text": largest_text,
+    "image": largest_image,
+    "speech": largest_audio,
+}
+"""Modality of a task → what its largest row is. The last argument is the file of the prepared rows."""
 
 
 def longest(
@@ -106,47 +161,49 @@ def tokens_of(spec: GenerateJobSpec, line: rows.Line, tokenizer: PreTrainedToken
     return min(tokens, spec.answers.window) if spec.answers else tokens
 
 
-def measured(spec: GenerateJobSpec, plan: Plan, config: PreTrainedConfig, read: int, written: int) -> Memory:
-    """Return what the texts need of a GPU."""
-    from luthier_trainer.generation.text_memory import memory_of
+def measured(spec: GenerateJobSpec, plan: Plan, config: PreTrainedConfig, row: Row) -> Memory:
+    """Return what the model needs of a GPU for a batch of the largest rows."""
+    from luthier_trainer.generation.answer_memory import memory_of
     from luthier_trainer.runtime.devices import DTYPES
 
     # Precision auto is one of 16 bits on every GPU. Those that have no bf16 hold as much.
     dtype = DTYPES["bf16" if plan.precision in (None, AUTO) else plan.precision]
     kind = spec.model.quantization.type if spec.model.quantization else checks.stored_type(config)
     offload = bool(spec.text) and spec.text.offload == "layers"
-    return memory_of(config, spec.task, work_of(spec, plan, read, written, kind == "int8"), dtype, kind, offload)
+    return memory_of(config, spec.task, work_of(spec, plan, row, kind == "int8"), dtype, kind, offload)
 
 
-def work_of(spec: GenerateJobSpec, plan: Plan, read: int, written: int, alone: bool) -> Work:
+def work_of(spec: GenerateJobSpec, plan: Plan, row: Row, alone: bool) -> Work:
     """Return what is worked on at once. `alone`: whether it is one row."""
+    from luthier_trainer.generation.answer_memory import Work
     from luthier_trainer.generation.engines.reading import rounded
-    from luthier_trainer.generation.text_memory import Work
 
-    causal = TASKS[spec.task].auto_model == "CausalLM"
+    writes = spec.text or spec.transcribe
+    beams = writes.num_beams if writes else 1
+    # Whisper searches for all files of a batch at once, the other engines for one row.
+    alone = alone or bool(spec.text and beams > 1)
+    is_padded = len(row.read) == 1 and TASKS[spec.task].auto_model != "CausalLM"
     return Work(
-        texts=1 if alone else batch_of(spec, plan),
-        read=read if causal else rounded(read),
-        written=written,
-        beams=spec.text.num_beams if spec.text else 1,
+        rows=1 if alone else batch_of(spec, plan),
+        read=(rounded(*row.read),) if is_padded else row.read,
+        written=row.written,
+        beams=beams,
         draws=bool(spec.text) and spec.text.temperature > 0,
     )
 
 
-def refusal(
-    spec: GenerateJobSpec, plan: Plan, config: PreTrainedConfig, read: int, written: int, memory: Memory, limit: int
-) -> str:
-    """Return the message that the texts do not fit, with what would."""
+def refusal(spec: GenerateJobSpec, plan: Plan, config: PreTrainedConfig, row: Row, memory: Memory, limit: int) -> str:
+    """Return the message that the model does not fit, with what would."""
     remedies: dict[str, str] = {}
     for field, value, changed in variants(spec, config):
         if field not in remedies:
-            needed = measured(changed, plan, config, read, written).gpu_bytes
+            needed = measured(changed, plan, config, row).gpu_bytes
             if needed <= limit:
                 remedies[field] = f"{field}: {value} ({space.amount(needed)})"
     listed = f"What fits: {'; or '.join(remedies.values())}" if remedies else "Use a larger GPU, or a smaller model"
-    texts = work_of(spec, plan, read, written, alone=False).texts
+    together = work_of(spec, plan, row, alone=False).rows
     return (
-        f"spec.resources.gpuMemory: a batch of {texts} with {read + written} tokens each needs"
+        f"spec.resources.gpuMemory: a batch of {together} {row.name} with {row.size} needs"
         f" {space.amount(memory.gpu_bytes)} of the GPU, which is {space.amount(memory.gpu_bytes - limit)} more than it"
         f" has. {listed}"
     )

@@ -1,4 +1,4 @@
-"""What a language model needs of a GPU to write texts, or to answer to them, computed on the meta device.
+"""What a model of transformers needs of a GPU to answer to texts, images or audio, computed on the meta device.
 
 Shapes alone are computed, by the same classes as in the run. What kernels take for themselves is not in it, but for a
 share (`gpu_memory.FRAGMENTS`).
@@ -35,11 +35,13 @@ FOUR_BITS = 4
 class Work:
     """What is worked on at once, as it matters to memory."""
 
-    texts: int
-    read: int
-    """Tokens of the longest text that is read, as it is padded."""
+    rows: int
+    """Texts, images or audio files."""
+    read: tuple[int, ...]
+    """Shape of what is read of one: the tokens of the longest text, as it is padded, or of the input of an image or of
+    audio."""
     written: int
-    """Tokens that are written after it, at most."""
+    """Tokens that are written after it, at most; 0 if none are."""
     beams: int
     draws: bool
     """Whether tokens are drawn."""
@@ -50,7 +52,7 @@ class Held:
     """What is there beside the weights: bytes."""
 
     cache: int
-    """Keys and values, from the first text to the last."""
+    """Keys and values, from the first row to the last."""
     most: int
     """The most at once, the cache included."""
 
@@ -82,7 +84,7 @@ def memory_of(
     """
     model: Any = inspect.skeleton(config, task, inspect.MODEL)
     torch.nn.Module.to(model, dtype).eval()
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = 0  # decoders with a head want one, and engines set it, too
     quantised = quantised_layers(model) if kind else {}
     few_bits = {id(layer.weight) for layer in quantised.values()}
@@ -110,9 +112,14 @@ def memory_of(
 
 
 def held_by(model: Any, task: str, work: Work) -> Held:
-    """Return what is there beside the weights while the model does the task."""
-    writes = TASKS[task].auto_model
-    if writes == "CausalLM" and work.beams == 1:
+    """Return what is there beside the weights while the model does the task.
+
+    Raises NotImplementedError if it writes in a way that is not traced here.
+    """
+    causal = TASKS[task].auto_model == "CausalLM"
+    if work.written and not causal and not model.config.is_encoder_decoder:
+        raise NotImplementedError(f"{model.config.model_type} writes without an encoder of its own")
+    if causal and work.beams == 1:
         try:
             return held_in_slots(model, work)
         except (Unfit, *UNFIT):
@@ -120,16 +127,22 @@ def held_by(model: Any, task: str, work: Work) -> Held:
     ledger, autocast = prepared(model, (), Setting("cuda", None, padded=True))
     forward = Forward(model, autocast)
     with torch.no_grad(), autocast.in_place(), ledger, autocast:
-        if writes == "CausalLM":
-            # A search is over one prompt, and has as many texts as beams.
-            texts = work.beams if work.beams > 1 else work.texts
-            written(forward, Generation(work.read, work.written, lambda logits: choose(logits, work.draws)), texts)
-        elif writes == "Seq2SeqLM":
-            searched(forward, Search(work.read, work.written, work.beams), 1 if work.beams > 1 else work.texts)
+        if causal:
+            (prompt,) = work.read
+            generation = Generation(prompt, work.written, lambda logits: choose(logits, work.draws))
+            written(forward, generation, work.rows * work.beams)
+        elif work.written:
+            searched(forward, Search(inputs_of(model, work), work.written, work.beams))
         else:
-            ids = torch.empty((work.texts, work.read), dtype=torch.long, device="meta")
-            forward(input_ids=ids, attention_mask=torch.empty_like(ids))
+            forward(**inputs_of(model, work))
     return Held(0, most_of(ledger))
+
+
+def inputs_of(model: Any, work: Work) -> dict[str, torch.Tensor]:
+    """Return what the model reads of all rows, on the meta device."""
+    shape, is_text = (work.rows, *work.read), len(work.read) == 1
+    read = torch.empty(shape, dtype=torch.long if is_text else model.dtype, device="meta")
+    return {model.main_input_name: read} | ({"attention_mask": torch.empty_like(read)} if is_text else {})
 
 
 def held_in_slots(model: Any, work: Work) -> Held:
@@ -138,8 +151,9 @@ def held_in_slots(model: Any, work: Work) -> Held:
     As many prompts are read at once as in the run, and then as many again, beside the caches of all slots.
     """
     ledger, autocast = prepared(model, (), Setting("cuda", None, padded=True))
-    slots = Slots(model, work.texts, 0, prefill_tokens=PREFILL_TOKENS["cuda"])
-    together, _ = slots.shape(max(1, work.read - 1))
+    slots = Slots(model, work.rows, 0, prefill_tokens=PREFILL_TOKENS["cuda"])
+    (read,) = work.read
+    together, _ = slots.shape(max(1, read - 1))
     caches: list[int] = []
 
     def choose_all(held: Sequence[Text | None], logits: torch.Tensor) -> None:
@@ -149,8 +163,8 @@ def held_in_slots(model: Any, work: Work) -> Held:
             if text is not None:
                 text.new.append(0)
 
-    capacity = capacity_for(work.read + work.written, inspect.max_positions(model.config))
-    texts = [Text([0] * work.read) for _ in range(2 * together)]
+    capacity = capacity_for(read + work.written, inspect.max_positions(model.config))
+    texts = [Text([0] * read) for _ in range(2 * together)]
     with torch.no_grad(), autocast.in_place(), ledger, autocast:
         for _ in slots.write(texts, capacity, choose_all):
             pass
