@@ -306,7 +306,7 @@ class ImageSettings(ApiModel):
     steps: Annotated[int, Field(ge=1, le=1000)] = 30
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0, le=100)] = 5.0
-    """Classifier-free guidance scale; up to 1 turns it off."""
+    """Classifier-free guidance scale; up to 1 turns it off. FLUX reads it as an input of the model."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share by which the guided prediction is scaled back to the deviation of the unguided one, against too much
     exposure; 0.7 for models with a zero terminal SNR.

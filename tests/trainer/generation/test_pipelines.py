@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from trainer.generating import generate_run
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.generation import pipelines
+from luthier_trainer.generation import families, pipelines
 from luthier_trainer.models.pipelines import MODELS, variant
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime.failure import Failure
@@ -112,10 +112,10 @@ MISTAKES = [
     ),
     Mistake(
         name="another pipeline",
-        spoil=edit("model_index.json", _class_name="FluxPipeline"),
+        spoil=edit("model_index.json", _class_name="HunyuanDiTPipeline"),
         message=(
-            "spec.model.path: FluxPipeline is not supported here; supported: StableDiffusionXLPipeline,"
-            " StableDiffusionPipeline"
+            "spec.model.path: HunyuanDiTPipeline is not supported here; supported: StableDiffusionXLPipeline,"
+            " StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
         ),
     ),
     Mistake(
@@ -160,7 +160,7 @@ def test_a_size_that_is_no_whole_number_of_latents(sdxl: Path) -> None:
     with pytest.raises(
         Failure, match=r"spec\.image\.width: 1000 is not a multiple of 16, as this model wants; set 992 or 1008"
     ):
-        pipelines.check_size(vae, spec.image)
+        families.check_size(vae, spec.image)
 
 
 @pytest.fixture(scope="module")
@@ -215,4 +215,4 @@ def test_a_unet_that_reads_more_than_a_latent(channels: int, refused: bool) -> N
         unet = UNet2DConditionModel(in_channels=channels, block_out_channels=(32, 32, 32, 32))
         vae = AutoencoderKL(latent_channels=4)
     with pytest.raises(Failure, match=f"its UNet reads {channels} channels") if refused else nullcontext():
-        pipelines.check_channels(unet, vae, "spec.model")
+        families.UNET.check_model(unet, vae, "spec.model")

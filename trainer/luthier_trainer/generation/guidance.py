@@ -1,8 +1,8 @@
 """Guidance in some of the steps (`image.guidanceStart`, `image.guidanceEnd`), in pipelines of Stable Diffusion.
 
-With guidance, a pipeline gives the UNet each latent twice: with the negative prompt, and with the prompt. In a step
-without guidance the UNet gets the second half alone, and the pipeline gets its prediction for both, between which there
-is no difference to enlarge.
+With guidance, a pipeline gives its model each latent twice: with the negative prompt, and with the prompt. In a step
+without guidance the model gets the second half alone, and the pipeline gets its prediction for both, between which
+there is no difference to enlarge.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.task_settings import ImageSettings
+from luthier_trainer.models.pipelines import denoiser_of
 from luthier_trainer.runtime.failure import Failure
 
 
@@ -24,10 +25,10 @@ def guided_within(pipe: Any, settings: ImageSettings) -> Iterator[None]:
     if not is_partly_guided(settings):
         yield
         return
-    steps = Steps(pipe, settings)
+    steps, denoiser = Steps(pipe, settings), denoiser_of(pipe)
     hooks = [
-        pipe.unet.register_forward_pre_hook(steps.before, with_kwargs=True),
-        pipe.unet.register_forward_hook(steps.after),
+        denoiser.register_forward_pre_hook(steps.before, with_kwargs=True),
+        denoiser.register_forward_hook(steps.after),
     ]
     try:
         yield
@@ -41,14 +42,14 @@ def is_partly_guided(settings: ImageSettings) -> bool:
     return settings.guidance > 1 and (settings.guidance_start > 0 or settings.guidance_end < 1)
 
 
-def check_interval(unet: Any, settings: ImageSettings) -> None:
+def check_interval(denoiser: Any, settings: ImageSettings) -> None:
     """Check that a step lies within the interval, and that the model knows steps without guidance.
 
     Raises Failure if not.
     """
     if not is_partly_guided(settings):
         return
-    if unet.config.time_cond_proj_dim is not None:
+    if getattr(denoiser.config, "time_cond_proj_dim", None) is not None or hasattr(denoiser.config, "guidance_embeds"):
         raise Failure(
             ExitCode.INVALID_SPEC,
             "spec.image.guidanceStart, guidanceEnd: this model reads the guidance as an input, the same in all steps;"
@@ -69,7 +70,7 @@ def is_within(step: int, steps: int, settings: ImageSettings) -> bool:
 
 
 class Steps:
-    """The steps of one call of a pipeline, which calls its UNet once in each."""
+    """The steps of one call of a pipeline, which calls its model once in each."""
 
     def __init__(self, pipe: Any, settings: ImageSettings) -> None:
         self.pipe, self.settings, self.done = pipe, settings, 0
@@ -79,14 +80,14 @@ class Steps:
         """Whether the step that comes next, or is being done, has guidance."""
         return is_within(self.done, self.pipe.num_timesteps, self.settings)
 
-    def before(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Return the UNet's arguments for the half with the prompt, in a step without guidance."""
+    def before(self, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Return the model's arguments for the half with the prompt, in a step without guidance."""
         if self.is_guided:
             return None
-        rows = len(args[0])
+        rows = len(args[0] if args else kwargs["hidden_states"])  # a UNet's latents, a transformer's
         return tuple(second_half(value, rows) for value in args), second_half(kwargs, rows)
 
-    def after(self, unet: Any, args: Any, output: Any) -> Any:
+    def after(self, denoiser: Any, args: Any, output: Any) -> Any:
         """Return the prediction for both halves."""
         guided, self.done = self.is_guided, self.done + 1
         return output if guided else tuple(torch.cat([made, made]) for made in output)

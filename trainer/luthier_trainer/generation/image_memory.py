@@ -16,12 +16,14 @@ import torch
 
 from luthier_api.status import Memory
 from luthier_api.task_settings import ImageSettings
+from luthier_trainer.generation.flow_prompts import FLUX_TOKENS, SD3_TOKENS, flux_tokens
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.memory import Setting, prepared
 from luthier_trainer.workspace.gpu_memory import CONTEXT_BYTES, FRAGMENTS, PROCESS_BYTES, WORKSPACE_BYTES
 
 TOKENS = 77
-"""Of a prompt, or of a part of one that is longer."""
+"""Of a prompt that CLIP reads, or of a part of one that is longer."""
+T5_TOKENS = max(SD3_TOKENS, FLUX_TOKENS)
 TILED = 3
 """Images that are there when tiles become one: the tiles, which overlap, and the image itself."""
 TIME_IDS = 6
@@ -62,11 +64,13 @@ def parts_of(path: Path, image: ImageSettings, work: Work, field: str) -> dict[s
     for name, model in models.items():
         # Not diffusers' own `to`, which warns of what `from_pretrained` keeps in fp32: nothing here.
         torch.nn.Module.to(model, torch.float32 if name == "vae" and upcasts else work.dtype).eval()
-    if image.attention_slicing:
-        models["unet"].set_attention_slice("auto")
+    denoiser = next(name for name in ("unet", "transformer") if name in models)
+    if image.attention_slicing and hasattr(models[denoiser], "set_attention_slice"):
+        models[denoiser].set_attention_slice("auto")
     height, width = work.height // unit, work.width // unit
-    held = {name: most_held(model, read) for name, model in models.items() if name not in ("unet", "vae")}
-    held["unet"] = most_held(models["unet"], lambda unet: denoise(unet, work, height, width))
+    held = {name: most_held(model, read) for name, model in models.items() if name not in (denoiser, "vae")}
+    denoise = DENOISE[type(models[denoiser]).__name__]
+    held[denoiser] = most_held(models[denoiser], lambda model: denoise(model, work, height, width))
     held["vae"] = most_decoded(models["vae"], image, work, height, width)
     if work.encodes:
         held["vae"] = max(held["vae"], most_held(models["vae"], lambda vae: encode(vae, work)))
@@ -97,7 +101,7 @@ def most_held(model: Any, compute: Callable[[Any], object]) -> int:
     return max((held for held, _ in ledger.moments), default=0)
 
 
-def denoise(unet: Any, work: Work, height: int, width: int) -> object:
+def denoise_by_unet(unet: Any, work: Work, height: int, width: int) -> object:
     """Compute a step on the meta device: with guidance, each image counts twice."""
     config = unet.config
     rows = work.images * (2 if work.guided and config.time_cond_proj_dim is None else 1)
@@ -120,6 +124,45 @@ def denoise(unet: Any, work: Work, height: int, width: int) -> object:
     )
 
 
+def denoise_by_sd3(transformer: Any, work: Work, height: int, width: int) -> object:
+    """Compute a step of Stable Diffusion 3 on the meta device: with guidance, each image counts twice."""
+    config = transformer.config
+    rows = work.images * (2 if work.guided else 1)
+    empty = _empty(work.dtype)
+    return transformer(
+        hidden_states=empty(rows, config.in_channels, height, width),
+        timestep=torch.zeros(rows, device="meta"),
+        encoder_hidden_states=empty(rows, TOKENS + SD3_TOKENS, config.joint_attention_dim),
+        pooled_projections=empty(rows, config.pooled_projection_dim),
+        return_dict=False,
+    )
+
+
+def denoise_by_flux(transformer: Any, work: Work, height: int, width: int) -> object:
+    """Compute a step of FLUX on the meta device: guidance is an input."""
+    config = transformer.config
+    rows, patches, tokens = work.images, (height // 2) * (width // 2), flux_tokens(transformer)
+    empty = _empty(work.dtype)
+    return transformer(
+        hidden_states=empty(rows, patches, config.in_channels),
+        timestep=empty(rows),
+        guidance=torch.zeros(rows, device="meta") if config.guidance_embeds else None,
+        pooled_projections=empty(rows, config.pooled_projection_dim),
+        encoder_hidden_states=empty(rows, tokens, config.joint_attention_dim),
+        txt_ids=empty(tokens, 3),
+        img_ids=empty(patches, 3),
+        return_dict=False,
+    )
+
+
+DENOISE: Mapping[str, Callable[[Any, Work, int, int], object]] = {
+    "UNet2DConditionModel": denoise_by_unet,
+    "SD3Transformer2DModel": denoise_by_sd3,
+    "FluxTransformer2DModel": denoise_by_flux,
+}
+"""Class of the model that denoises → the function that computes a step: (model, work, height, width of a latent)."""
+
+
 def decode(vae: Any, height: int, width: int) -> object:
     """Decode one latent on the meta device: images are decoded alone."""
     return vae.decode(_empty(vae.dtype)(1, vae.config.latent_channels, height, width), return_dict=False)
@@ -132,7 +175,8 @@ def encode(vae: Any, work: Work) -> object:
 
 def read(encoder: Any) -> object:
     """Encode one text on the meta device: texts are encoded alone."""
-    return encoder(torch.zeros((1, TOKENS), dtype=torch.long, device="meta"), output_hidden_states=True)
+    tokens = T5_TOKENS if encoder.config.model_type == "t5" else TOKENS
+    return encoder(torch.zeros((1, tokens), dtype=torch.long, device="meta"), output_hidden_states=True)
 
 
 def _empty(dtype: torch.dtype) -> Callable[..., torch.Tensor]:

@@ -174,11 +174,11 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
             path,
             f"has {len(tensors)} tensors, of which {len(unknown)} belong to no module of this model, or are of a kind"
             f" that is not known: {_shown(unknown)}. Adding the others alone would be another"
-            f" adapter.{_trained_for(metadata)} LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used",
+            f" adapter.{_trained_for(metadata)} {_usable(names)}",
         )
     if not found:
         raise _invalid(field, path, "holds no tensors")
-    configs = _configs(path, metadata, field)
+    configs = _configs(path, metadata, field, names.denoiser)
     return [_change(place, t, configs.get(place[0], {}), names, metadata, field, path) for place, t in found.items()]
 
 
@@ -191,10 +191,11 @@ def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
         raise _invalid(field, path, f"is damaged or no safetensors file ({error}). Download or copy it again") from None
 
 
-def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, dict[str, Any]]:
+def _configs(path: Path, metadata: Mapping[str, str], field: str, denoiser: str) -> dict[str, dict[str, Any]]:
     """Return PEFT's configuration for each part of the pipeline, if the file has one.
 
-    Raises Failure if a configuration cannot be applied.
+    `denoiser`: the part to which a configuration beside the file belongs. Raises Failure if a configuration cannot be
+    applied.
     """
     found: dict[str, dict[str, Any]] = {}
     try:
@@ -206,7 +207,7 @@ def _configs(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, d
         found.setdefault(part, {})[name] = value
     beside = path.with_name(ADAPTER_CONFIG)
     if path.name.startswith("adapter_model") and beside.is_file():
-        found["unet"] = json.loads(beside.read_text())
+        found[denoiser] = json.loads(beside.read_text())
     for config in found.values():
         for pattern in config.get("alpha_pattern") or {}:
             try:
@@ -353,6 +354,16 @@ def _trimmed(size: tuple[int, ...]) -> tuple[int, ...]:
     while len(size) > 2 and size[-1] == 1:
         size = size[:-1]
     return size
+
+
+def _usable(names: Names) -> str:
+    """Return which adapters the model can have."""
+    if names.denoiser == "unet":
+        return "LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used"
+    return (
+        "For Stable Diffusion 3 and FLUX adapters with diffusers' names of the modules (transformer.transformer_blocks"
+        ".0.attn.to_q) can be used; convert the file, for example by diffusers' load_lora_weights and save_lora_weights"
+    )
 
 
 def _trained_for(metadata: Mapping[str, str]) -> str:

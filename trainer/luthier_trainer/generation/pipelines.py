@@ -1,4 +1,4 @@
-"""Stable Diffusion XL for a GenerateJob: `prepare` checks its configurations and file headers, and `run` loads it.
+"""Pipelines of diffusers for a GenerateJob: `prepare` checks configurations and file headers, and `run` loads them.
 
 The files are compared with the spec and with the adapters before a GPU is used, so that a pod with a GPU does not fail
 because of them.
@@ -16,8 +16,8 @@ from luthier_api.exitcodes import ExitCode
 from luthier_api.generate import GenerateJobSpec
 from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import lora
-from luthier_trainer.generation.guidance import check_interval
-from luthier_trainer.generation.prompts import room, unread_tokens
+from luthier_trainer.generation.families import FAMILIES
+from luthier_trainer.generation.prompts import Reader, strict, unread_tokens
 from luthier_trainer.generation.schedulers import make_scheduler, rehearse
 from luthier_trainer.models import checks, pipelines
 from luthier_trainer.models.loranames import Names
@@ -43,16 +43,19 @@ def check(
     models = pipelines.skeletons(path, index, field)
     for name, model in models.items():
         pipelines.check_weights(path / name, model, field)
-    check_channels(models["unet"], models["vae"], field)
-    check_size(models["vae"], spec.image)
-    check_interval(models["unet"], spec.image)
+    family = FAMILIES[index["_class_name"]]
+    denoiser = models[family.denoiser]
+    family.check_model(denoiser, models["vae"], field)
+    family.check_settings(denoiser, models["vae"], spec.image)
     if spec.image.strength is not None:
         check_strength("text_encoder_2" in models, spec.image)
     if (index.get("safety_checker") or [None])[0]:
         notice(f"{field}: its safety checker is not used, because it replaces images by black ones; none is checked")
-    report_refused(pipelines.read_tokenizers(path, index, field), rows, spec.image)
-    rehearse(spec.image.scheduler, make_scheduler(spec.image, pipelines.read_scheduler(path, index, field)))
-    names = Names({name: model for name, model in models.items() if name != "vae"})
+    readers = family.prompts.readers_of(pipelines.read_tokenizers(path, index, field), denoiser)
+    report_refused(readers, rows, spec.image)
+    family.check_scheduler(spec.image, pipelines.read_scheduler(path, index, field))
+    family.report(denoiser, rows, spec.image)
+    names = Names({name: models[name] for name in family.adapted if name in models})
     for file, of in adapters:
         lora.read(file, names, of)
     return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
@@ -62,20 +65,30 @@ LOAD_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionXLPipeline": {"add_watermarker": False},
     "StableDiffusionXLImg2ImgPipeline": {"add_watermarker": False},
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    "StableDiffusion3Pipeline": {"image_encoder": None, "feature_extractor": None},
+    "FluxPipeline": {"image_encoder": None, "feature_extractor": None},
 }
 """Class of a pipeline → what is left out of it: what would change its images."""
 
 
-def load(path: Path, dtype: torch.dtype, field: str = MODEL) -> Any:
+def load(path: Path, dtype: torch.dtype, field: str = MODEL, merging: bool = False) -> Any:
     """Load the pipeline in `path` in `dtype`, without code from the repository, watermark and safety checker.
 
-    Only safetensors are read. Raises Failure if a part is missing or cannot be loaded.
+    `merging`: what adapters can change is loaded in fp32. Only safetensors are read. Raises Failure if a part is
+    missing or cannot be loaded.
     """
     import diffusers
 
     index = pipelines.index_of(path, field)
-    given = {name: pipelines.load_model(path, name, dtype, field) for name in pipelines.classes(index, field)}
     kind = index["_class_name"]
+    in_fp32 = FAMILIES[kind].adapted if merging else ()
+    given = {
+        name: pipelines.load_model(path, name, torch.float32 if name in in_fp32 else dtype, field)
+        for name in pipelines.classes(index, field)
+    }
+    # diffusers asks to be told what a repository leaves out, such as T5 of Stable Diffusion 3.
+    optional = (*pipelines.PARTS[kind].optional, *pipelines.TOKENIZERS)
+    given |= {name: None for name in optional if name in index and index[name][0] is None}
     try:
         return getattr(diffusers, kind).from_pretrained(path, **given, **LOAD_OPTIONS[kind], local_files_only=True)
     except (ValueError, OSError) as error:
@@ -107,29 +120,6 @@ def check_refiner(path: Path, base: Path, image: ImageSettings) -> int:
             " start, or set more image.steps",
         )
     return sum(parameter.numel() for model in models.values() for parameter in model.parameters())
-
-
-def check_channels(unet: Any, vae: Any, field: str) -> None:
-    """Check that the UNet reads a latent and nothing beside it. Raises Failure if not."""
-    read, made = unet.config.in_channels, vae.config.latent_channels
-    if read != made:
-        raise Failure(
-            ExitCode.INVALID_SPEC,
-            f"{field}: its UNet reads {read} channels, and a latent of its VAE has {made}. Models that read a mask or"
-            " another image beside it (inpainting, InstructPix2Pix) are not supported; choose one without",
-        )
-
-
-def check_size(vae: Any, settings: ImageSettings) -> None:
-    """Check that width and height in the settings are multiples of the size of a latent. Raises Failure if not."""
-    unit = pipelines.pixels_of_a_latent(vae)
-    for name, size in (("width", settings.width), ("height", settings.height)):
-        if size % unit:
-            raise Failure(
-                ExitCode.INVALID_SPEC,
-                f"spec.image.{name}: {size} is not a multiple of {unit}, as this model wants; set {size // unit * unit}"
-                f" or {(size // unit + 1) * unit}",
-            )
 
 
 def check_strength(is_xl: bool, settings: ImageSettings) -> None:
@@ -169,25 +159,27 @@ OFFLOADS: Mapping[str, Callable[[Any, str], object]] = {
 """What waits elsewhere (`image.offload`, and the plan where it is auto) → the function that does it."""
 
 
-def report_refused(tokenizers: Sequence[Any], rows: Iterable[Mapping[str, Any]], image: ImageSettings) -> None:
+def report_refused(readers: Sequence[Reader], rows: Iterable[Mapping[str, Any]], image: ImageSettings) -> None:
     """Give one notice for prompts, and one for negative prompts, that are refused because they are too long.
 
     `rows` can be read several times, and is not held.
     """
-    if image.long_prompts == "chunk":
+    used = strict(readers, image)
+    if not used:
         return
+    remedy = "Shorten them" + (", or set image.longPrompts: chunk" if image.long_prompts == "refuse" else "")
     for key in ("prompt", "negativePrompt") if image.guidance > 1 else ("prompt",):
         texts = long = most = longest = 0
         for row in rows:
             if row.get(key):
                 texts += 1
-                count = unread_tokens(tokenizers, row[key])
+                count = unread_tokens(used, row[key])
                 long += count > 0
                 if count > most:
                     most, longest = count, row["row"]
         if long:
             notice(
                 f"spec.inputs.columns.{key}: {long} of {texts} are longer than the"
-                f" {min(room(t) for t in tokenizers)} tokens that the text encoders read, that of row {longest} by"
-                f" {most}; their outputs will be errors. Shorten them, or set image.longPrompts: chunk"
+                f" {min(reader.room for reader in used)} tokens that the text encoders read, that of row {longest} by"
+                f" {most}; their outputs will be errors. {remedy}"
             )

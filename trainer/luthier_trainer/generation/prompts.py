@@ -1,8 +1,9 @@
-"""Embeddings of prompts, as the pipelines of Stable Diffusion take them. Each distinct text is encoded once.
+"""Embeddings of prompts, as pipelines of diffusers take them. Each distinct text is encoded once.
 
 A text is encoded alone, so that its embedding does not depend on its neighbours. CLIP reads 77 tokens at a time. With
 `image.longPrompts: chunk` a longer prompt is encoded in several parts, whose embeddings follow each other; a shorter
-text beside it is filled up with empty parts. No text is ever cut.
+text beside it is filled up with empty parts. T5, beside it in Stable Diffusion 3 and FLUX, reads a text at once, up to
+a number of tokens that the model was trained with. No text is ever cut.
 """
 
 from __future__ import annotations
@@ -11,16 +12,33 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation.samples import Sample
+from luthier_trainer.models.pipelines import TOKENIZERS, denoiser_of
 
 KEPT_BYTES = 256 * 2**20
 """Of embeddings on the device: 700 texts of Stable Diffusion XL in 16 bits, for prompts with several images."""
 KEPT_LENGTHS = 10_000  # texts whose number of parts is remembered
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder, by how much of a text it reads."""
+
+    tokenizer: Any
+    room: int
+    """Tokens of a text that it reads at once, beside those of begin and end."""
+    in_parts: bool = True
+    """Whether it can read a longer text in parts."""
+
+
+def strict(readers: Sequence[Reader], settings: ImageSettings) -> list[Reader]:
+    """Return those for which a text can be too long."""
+    return [reader for reader in readers if settings.long_prompts == "refuse" or not reader.in_parts]
 
 
 @dataclass(frozen=True)
@@ -41,32 +59,47 @@ class Embedding:
 class Prompts:
     """Encodes the prompts of samples for `pipe`, a pipeline of Stable Diffusion (XL)."""
 
+    clips: ClassVar[Sequence[str]] = ("", "_2")
+    """Ends of diffusers' names of those text encoders that are CLIP."""
+
     def __init__(self, pipe: Any, settings: ImageSettings) -> None:
         self.pipe, self.settings = pipe, settings
-        pairs = [(pipe.tokenizer, pipe.text_encoder)]
-        if hasattr(pipe, "tokenizer_2"):
-            pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
-        self.encoders = [(tokenizer, model) for tokenizer, model in pairs if tokenizer is not None]
+        pairs = [
+            (getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in self.clips
+        ]
+        self.encoders: list[tuple[Any, Any]] = [
+            (tokenizer, model) for tokenizer, model in pairs if tokenizer is not None
+        ]
+        tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
+        self.readers = self.readers_of(
+            [tokenizer for tokenizer in tokenizers if tokenizer is not None], denoiser_of(pipe)
+        )
+        self.strict = strict(self.readers, settings)
+        self.unread = lru_cache(KEPT_LENGTHS)(lambda text: unread_tokens(self.strict, text))
         # Stable Diffusion XL was trained on the layer before the last, and with the pooled output of the last encoder.
         self.is_xl = hasattr(pipe, "tokenizer_2")
-        self.is_guided = settings.guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+        self.is_guided = settings.guidance > 1 and self._reads_negative_prompts()
         self.kept: OrderedDict[tuple[str, int], Embedding] = OrderedDict()
         self.parts = lru_cache(KEPT_LENGTHS)(self._parts)
+
+    @classmethod
+    def readers_of(cls, tokenizers: Sequence[Any], denoiser: Any) -> list[Reader]:
+        """Return the text encoders of a pipeline, by their tokenizers."""
+        return [Reader(tokenizer, room(tokenizer)) for tokenizer in tokenizers]
+
+    def _reads_negative_prompts(self) -> bool:
+        return self.pipe.unet.config.time_cond_proj_dim is None
 
     def _parts(self, text: str) -> int:
         return max(parts(tokenizer, text) for tokenizer, _ in self.encoders)
 
     def problem(self, sample: Sample) -> str | None:
         """Return why the prompts of a sample cannot be read to their end; None if they can."""
-        if self.settings.long_prompts == "chunk":
-            return None
         for name, text in (("prompt", sample.prompt), ("negative prompt", self._negative(sample))):
-            if self.parts(text) > 1:
-                tokenizers = [tokenizer for tokenizer, _ in self.encoders]
-                return (
-                    f"the {name} has {unread_tokens(tokenizers, text)} tokens more than the text encoders read; shorten"
-                    " it, or set image.longPrompts: chunk"
-                )
+            if self.unread(text):
+                at_once = [reader for reader in self.readers if not reader.in_parts]
+                remedy = "" if unread_tokens(at_once, text) else ", or set image.longPrompts: chunk"
+                return f"the {name} has {self.unread(text)} tokens more than the text encoders read; shorten it{remedy}"
         return None
 
     def _negative(self, sample: Sample) -> str:
@@ -139,9 +172,10 @@ def parts(tokenizer: Any, text: str) -> int:
     return max(1, -(-len(plain_ids(tokenizer, text)) // room(tokenizer)))
 
 
-def unread_tokens(tokenizers: Sequence[Any], text: str) -> int:
-    """Return how many tokens of a text do not fit into one part, for the tokenizer that reads the least."""
-    return max(max(0, len(plain_ids(tokenizer, text)) - room(tokenizer)) for tokenizer in tokenizers)
+def unread_tokens(readers: Sequence[Reader], text: str) -> int:
+    """Return how many tokens of a text are not read at once, by the reader that reads the least of it."""
+    unread = (len(plain_ids(reader.tokenizer, text)) - reader.room for reader in readers)
+    return max(0, *unread, 0)
 
 
 def token_ids(tokenizer: Any, text: str, size: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ needs, the job fails with a message instead of a stack trace.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,11 @@ SIGMAS: dict[Sigmas, str] = {
     "beta": "use_beta_sigmas",
 }
 """Entry of the configuration that spreads the noise levels in a way."""
+
+MODEL = "spec.model"
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+FLOW_SAMPLERS: Sequence[SchedulerName] = ("default", "euler")
+"""Samplers for models that learned a flow: Euler's, with the noise levels of the repository or others."""
 
 # Settings that a model's weights depend on and for which some classes of diffusers 0.42.1 have no parameter, with their
 # default values.
@@ -111,6 +116,35 @@ def make_scheduler(image: ImageSettings, own: Any) -> Any:
     except (ValueError, AssertionError, IndexError) as error:
         raise Failure(ExitCode.INVALID_SPEC, f"spec.image.steps: {name} cannot do {steps} steps: {error}") from None
     return scheduler
+
+
+def make_flow_scheduler(image: ImageSettings, own: Any) -> Any:
+    """Return the scheduler for a model that learned a flow. `own`: the one of the model's repository.
+
+    Its steps are set by the pipeline, because they depend on the size of the image. Raises Failure if the sampler
+    cannot follow a flow, or if it would draw noise that no seed decides.
+    """
+    refuse_unknown_options(image)
+    kind = type(own).__name__
+    if kind != FLOW_CLASS or own.config.stochastic_sampling:
+        found = f"{kind} with stochastic_sampling" if kind == FLOW_CLASS else kind
+        raise Failure(
+            ExitCode.INVALID_SPEC, f"{MODEL}: its scheduler is {found}; of flows only a plain {FLOW_CLASS} is supported"
+        )
+    if image.scheduler not in FLOW_SAMPLERS:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            f"spec.image.scheduler: {image.scheduler} cannot sample from this model, which learned a flow; choose"
+            f" {' or '.join(FLOW_SAMPLERS)}",
+        )
+    if image.timestep_spacing:
+        raise Failure(
+            ExitCode.INVALID_SPEC,
+            "spec.image.timestepSpacing: the steps of a flow follow from the size of the image; remove it",
+        )
+    if image.scheduler == "default":
+        return own
+    return type(own).from_config(own.config, **{entry: way == image.sigmas for way, entry in SIGMAS.items()})
 
 
 def refuse_unknown_options(image: ImageSettings) -> None:

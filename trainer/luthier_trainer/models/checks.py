@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 XL = ("StableDiffusionXLPipeline",)
 PIPELINES = (*XL, "StableDiffusionPipeline")
 REFINERS = ("StableDiffusionXLImg2ImgPipeline",)
+FLOWS = ("StableDiffusion3Pipeline", "FluxPipeline")  # transformers, which learn a flow from noise to images
+TEXT_TO_IMAGE = (*PIPELINES, *FLOWS)
 # Measured with transformers 5.23 by changing the last of six tokens: the outputs of earlier positions change, and
 # `is_decoder` does not tell.
 SEE_AHEAD = {"prophetnet", "xlm", "xlnet"}

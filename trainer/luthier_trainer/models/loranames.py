@@ -1,4 +1,4 @@
-"""The names of the modules of Stable Diffusion XL, and of their tensors, in LoRA files.
+"""The names of the modules of diffusers' pipelines, and of their tensors, in LoRA files.
 
 Training programs write the names of diffusers, of PEFT, or of Stability's own code (LDM: `input_blocks.4.1...`), with
 dots or, like kohya's sd-scripts and LyCORIS, with underscores in place of dots. A name with underscores cannot be split
@@ -9,12 +9,13 @@ model, all names that a file may use for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Prefix of a name, with underscores, and the component of the pipeline that it denotes. Longer prefixes first.
 PREFIXES = (
     ("lora_unet_", "unet"),
+    ("lora_transformer_", "transformer"),  # OneTrainer
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
     ("lora_te_", "text_encoder"),  # kohya
@@ -22,9 +23,12 @@ PREFIXES = (
     ("text_encoder_2_", "text_encoder_2"),
     ("text_encoder_", "text_encoder"),
     ("unet_", "unet"),  # diffusers
+    ("transformer_", "transformer"),  # diffusers
     ("base_model_model_", "unet"),  # PEFT
+    ("base_model_model_", "transformer"),
     ("diffusion_model_", "unet"),
     ("", "unet"),
+    ("", "transformer"),
 )
 
 # Role of a tensor in its module → pattern of the end of its name. `down` and `up` are LoRA's A and B.
@@ -85,8 +89,13 @@ class Names:
         self.parts = parts
         self.modules: dict[tuple[str, str], str] = {}
         for part, model in parts.items():
-            names = _names_of_unet(model) if part == "unet" else _names_of_clip(model)
+            names = NAMES_OF[part](model)
             self.modules |= {(part, name.replace(".", "_")): module for name, module in names}
+
+    @property
+    def denoiser(self) -> str:
+        """The component that denoises, which names without a prefix belong to."""
+        return "transformer" if "transformer" in self.parts else "unet"
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Return (component, module) for a name in a file; None if this pipeline has no such module."""
@@ -114,6 +123,13 @@ def _names_of_unet(unet: Any) -> Iterator[tuple[str, str]]:
                 yield re.sub(r"\.(attn[12])\.", r".\1.processor.", variant), module
 
 
+def _names_of_transformer(transformer: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name in a file, module). Files with the names of the models' authors, in which several modules are one,
+    have none of them.
+    """
+    return ((name, name) for name in _weighted(transformer))
+
+
 def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
     """Yield (name in a file, module) with and without `text_model`.
 
@@ -125,6 +141,15 @@ def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
         for name in (bare, f"{stem}.{OLD_CLIP.get(last, last)}" if stem else bare):
             yield name, module
             yield f"text_model.{name}", module
+
+
+NAMES_OF: Mapping[str, Callable[[Any], Iterator[tuple[str, str]]]] = {
+    "unet": _names_of_unet,
+    "transformer": _names_of_transformer,
+    "text_encoder": _names_of_clip,
+    "text_encoder_2": _names_of_clip,
+}
+"""Component of a pipeline → the function that yields (name in a file, module)."""
 
 
 def ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:

@@ -1,4 +1,4 @@
-"""The components of a diffusers pipeline (Stable Diffusion XL) in a folder: classes, modules, weights, tokenizers.
+"""The components of a diffusers pipeline in a folder: classes, modules, weights, tokenizers.
 
 The checks build the models on the meta device, without memory, and compare them with the headers of the files.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,49 @@ from luthier_trainer.models import checks, sources, weight_files
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
 
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")  # of Stable Diffusion (XL)
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 LIBRARIES = ("diffusers", "transformers")  # code that a repository brings is never run
 POSITIONS = "embeddings.position_ids"  # a buffer that older files of CLIP hold as a tensor
 SHOWN = 3  # names in a message
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The models of a kind of pipeline, by diffusers' names."""
+
+    needed: tuple[str, ...]
+    """The first one denoises."""
+    optional: tuple[str, ...] = ()
+
+
+WITH_UNET = Parts(needed=MODELS[:2], optional=MODELS[2:])
+PARTS: Mapping[str, Parts] = {
+    "StableDiffusionPipeline": WITH_UNET,
+    "StableDiffusionXLPipeline": WITH_UNET,
+    "StableDiffusionXLImg2ImgPipeline": WITH_UNET,
+    "StableDiffusion3Pipeline": Parts(
+        needed=("transformer", "vae", "text_encoder", "text_encoder_2"), optional=("text_encoder_3",)
+    ),
+    "FluxPipeline": Parts(needed=("transformer", "vae", "text_encoder", "text_encoder_2")),
+}
+"""Class of a pipeline → its models."""
+
+
 def index_of(path: Path, field: str) -> dict[str, Any]:
     """Return model_index.json: component → [library, class]. Raises Failure for another kind of pipeline."""
-    checks.check_pipeline(path, field, (*checks.PIPELINES, *checks.REFINERS))
+    checks.check_pipeline(path, field, (*checks.TEXT_TO_IMAGE, *checks.REFINERS))
     return dict(json.loads((path / PIPELINE_CONFIG).read_text()))
 
 
 def classes(index: Mapping[str, Any], field: str) -> dict[str, Any]:
     """Return the classes of the pipeline's models by component. Raises Failure if a necessary component is absent."""
-    if lacking := next((name for name in ("unet", "vae", "scheduler") if not (index.get(name) or [None])[0]), None):
-        raise Failure(ExitCode.INVALID_SPEC, f"{field}: model_index.json names no {lacking}; choose a whole pipeline")
-    return {name: _class(index[name], field) for name in MODELS if (index.get(name) or [None])[0]}
+    parts = PARTS[index["_class_name"]]
+    for name in (*parts.needed, "scheduler"):
+        if not (index.get(name) or [None])[0]:
+            raise Failure(ExitCode.INVALID_SPEC, f"{field}: model_index.json names no {name}; choose a whole pipeline")
+    there = [name for name in (*parts.needed, *parts.optional) if (index.get(name) or [None])[0]]
+    return {name: _class(index[name], field) for name in there}
 
 
 def _class(entry: Sequence[str], field: str) -> Any:
@@ -100,6 +127,11 @@ def check_weights(folder: Path, model: Any, field: str) -> None:
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(held)  # renames the attention weights of old autoencoders
     shapes = {_bare(name): tuple(tensor.shape) for name, tensor in held.items()}
+    # Files hold one of two weights that are the same, such as the embedding of T5, by either name.
+    for pair in dict(getattr(model, "_tied_weights_keys", None) or {}).items():
+        for absent, there in (pair, pair[::-1]):
+            if absent not in shapes and there in shapes:
+                shapes[absent] = shapes[there]
     wanted = {_bare(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if lacking := [name for name in wanted if name not in shapes]:
         raise Failure(
@@ -130,7 +162,7 @@ def _bare(name: str) -> str:
 def read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[Any]:
     """Return the tokenizer of each text encoder, in their order. Raises Failure if one cannot be read."""
     found = []
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in TOKENIZERS:
         if (index.get(name) or [None])[0]:
             try:
                 found.append(_class(index[name], field).from_pretrained(path / name, local_files_only=True))
@@ -140,6 +172,11 @@ def read_tokenizers(path: Path, index: Mapping[str, Any], field: str) -> list[An
                     ExitCode.INVALID_SPEC, f"{field}: {path / name} has no usable tokenizer: {text}"
                 ) from error
     return found
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """Return the model of a pipeline that denoises."""
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def pixels_of_a_latent(vae: Any) -> int:

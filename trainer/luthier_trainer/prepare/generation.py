@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from luthier_api.methods import QUANTIZATIONS
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import Plan
-from luthier_api.tasks import TASKS, TOOLS, Modality
+from luthier_api.tasks import TASKS, TOOLS, GenerateTask, Modality
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
@@ -370,8 +370,15 @@ def pipeline(
     path: Path, spec: GenerateJobSpec, located: sources.Located, rows: Iterable[Line], folder: WorkspaceFolder
 ) -> Path:
     """Return `path`, the folder of a diffusers pipeline. Raises Failure if it holds no pipeline."""
-    checks.check_pipeline(path, located.field)
+    checks.check_pipeline(path, located.field, PIPELINES[spec.task])
     return path
+
+
+PIPELINES: Mapping[GenerateTask, Collection[str]] = {
+    "text-to-image": checks.TEXT_TO_IMAGE,
+    "image-to-image": checks.PIPELINES,
+}
+"""Task → classes of the pipelines that can do it."""
 
 
 def transformers_model_with_adapters(

@@ -7,7 +7,6 @@ An image depends only on its prompts, its seed, its image and mask, and the batc
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.workspace import WorkspaceFolder
-from luthier_trainer.generation.engines.images import ImageEngine, image_settings
+from luthier_trainer.generation.engines.images import ImageEngine, image_settings, known_arguments
 from luthier_trainer.generation.guidance import guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.pictures import Pictures
@@ -71,11 +70,10 @@ class ImageToImageEngine(ImageEngine):
             pipe.image_processor.resize(image, height=settings.height, width=settings.width) for image in images
         ]
         pipe.scheduler = self.pipe.scheduler
-        known = signature(type(pipe).__call__).parameters  # those of Stable Diffusion 1 and 2 know less than XL's
         with guided_within(pipe, settings):
             latents: torch.Tensor = pipe(
                 **self.prompts_for(batch[0]).arguments(batch),
-                **{name: value for name, value in more.items() if name in known},
+                **known_arguments(pipe, more),  # those of Stable Diffusion 1 and 2 know less than XL's
                 **given,
             ).images
         if self.upcasts:

@@ -1,4 +1,4 @@
-"""text-to-image: pipelines of Stable Diffusion, with LoRA adapters fused into them, over batches of prompts.
+"""text-to-image: pipelines of diffusers, with LoRA adapters fused into them, over batches of prompts.
 
 An image depends only on its prompts, its seed and the batch size: each image has its own noise generator on the CPU
 (those of GPUs differ between models of GPUs), all batches have one size, and each text is encoded and each latent
@@ -7,8 +7,9 @@ decoded alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,15 +24,17 @@ from luthier_api.task_settings import ImageSettings
 from luthier_trainer.generation import lora, pipelines
 from luthier_trainer.generation.encoding import FORMATS, About, encode
 from luthier_trainer.generation.engines.base import Batched
-from luthier_trainer.generation.guidance import check_interval, guided_within
+from luthier_trainer.generation.families import FAMILIES
+from luthier_trainer.generation.guidance import guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.prompts import Prompts
 from luthier_trainer.generation.records import ImageRecords, line_keys
 from luthier_trainer.generation.refiner import RefiningModel
 from luthier_trainer.generation.samples import Output, Sample, Unusable, padded
-from luthier_trainer.generation.schedulers import eta, make_scheduler, rehearse
+from luthier_trainer.generation.schedulers import eta
 from luthier_trainer.generation.settings import settings
 from luthier_trainer.models.loranames import Names
+from luthier_trainer.models.pipelines import denoiser_of
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.heartbeat import beat
 
@@ -67,11 +70,10 @@ class ImageEngine(Batched):
         self.batch_size = batch_size
         self.hardware, self.about = hardware, about
         # Adapters are fused once, in fp32, and rounded with the weights.
-        pipe = pipelines.load(model_path, torch.float32 if adapters else hardware.dtype)
+        pipe = pipelines.load(model_path, hardware.dtype, merging=bool(adapters))
+        self.family = FAMILIES[type(pipe).__name__]
         parts = {
-            name: model
-            for name in ("unet", "text_encoder", "text_encoder_2")
-            if (model := getattr(pipe, name, None)) is not None
+            name: model for name in self.family.adapted if (model := getattr(pipe, name, None)) is not None
         }
         names = Names(parts) if adapters else None
         changes = [
@@ -80,7 +82,8 @@ class ImageEngine(Batched):
             if names
         ]
         lora.fuse(parts, changes)
-        pipe.to(dtype=hardware.dtype)
+        for model in parts.values():
+            model.to(hardware.dtype)
         # A VAE with `force_upcast` overflows in fp16. diffusers would convert its weights to fp32 and back for each
         # batch; here they stay in fp32.
         self.upcasts = hardware.dtype == torch.float16 and pipe.vae.config.force_upcast
@@ -121,16 +124,15 @@ class ImageEngine(Batched):
     def check_settings(self, sample: Sample) -> None:
         """Check that the model can work with the settings of a sample. Raises Failure if it cannot."""
         settings = image_settings(sample)
-        pipelines.check_size(self.pipe.vae, settings)
-        check_interval(self.pipe.unet, settings)
-        rehearse(settings.scheduler, make_scheduler(settings, self.repository_scheduler))
+        self.family.check_settings(denoiser_of(self.pipe), self.pipe.vae, settings)
+        self.family.check_scheduler(settings, self.repository_scheduler)
 
     def prompts_for(self, sample: Sample) -> Prompts:
         """Return what encodes the prompts of a sample."""
         settings = image_settings(sample)
         guided = settings.guidance > 1
         if guided not in self.prompts:
-            self.prompts[guided] = Prompts(self.pipe, settings)
+            self.prompts[guided] = self.family.prompts(self.pipe, settings)
         return self.prompts[guided]
 
     def group(self, sample: Sample) -> Hashable:
@@ -141,7 +143,7 @@ class ImageEngine(Batched):
     def make(self, samples: Sequence[Sample]) -> list[Output]:
         """Return the outputs of samples of one group, in the same order."""
         batch, settings = padded(samples, self.batch_size), image_settings(samples[0])
-        self.pipe.scheduler = make_scheduler(settings, self.repository_scheduler)
+        self.pipe.scheduler = self.family.scheduler(settings, self.repository_scheduler)
         for pipe in self.pipes:
             if hasattr(pipe.scheduler, "noise_sampler_seed"):
                 # The SDE sampler ignores generators. Without seeds, its noise would differ in each run.
@@ -164,9 +166,10 @@ class ImageEngine(Batched):
         size = {"width": settings.width, "height": settings.height}
         end = {"denoising_end": self.refiner.start} if self.refiner else {}
         with guided_within(self.pipe, settings):
-            latents: torch.Tensor = self.pipe(
-                **self.prompts_for(batch[0]).arguments(batch), **more, **size, **end
+            made = self.pipe(
+                **self.prompts_for(batch[0]).arguments(batch), **known_arguments(self.pipe, more), **size, **end
             ).images
+        latents = self.family.latents(self.pipe, made, settings)
         return self.refiner.refined(latents, batch, more) if self.refiner else latents
 
     def output(self, sample: Sample, latent: torch.Tensor) -> Output:
@@ -192,6 +195,8 @@ class ImageEngine(Batched):
             ) / vae.config.scaling_factor + latent.new_tensor(mean).view(1, -1, 1, 1)
         else:
             latent = latent / vae.config.scaling_factor
+            if vae.config.shift_factor is not None:
+                latent = latent + vae.config.shift_factor
         return vae.decode(latent, return_dict=False)[0]
 
 
@@ -199,6 +204,12 @@ def image_settings(sample: Sample) -> ImageSettings:
     """Return the settings of a sample."""
     assert isinstance(sample.settings, ImageSettings)
     return sample.settings
+
+
+def known_arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments that a pipeline has. Settings for others were refused."""
+    known = signature(type(pipe).__call__).parameters
+    return {name: value for name, value in given.items() if name in known}
 
 
 def as_bytes(pixels: torch.Tensor) -> torch.Tensor:
