@@ -266,6 +266,12 @@ def _only(field: str, names: Collection[str]) -> Rule:
     )
 
 
+AspectRatio = Literal[
+    "1:4", "1:3", "9:21", "1:2", "9:16", "10:16", "2:3", "3:4", "4:5",
+    "1:1",
+    "5:4", "4:3", "3:2", "16:10", "16:9", "2:1", "21:9", "3:1", "4:1",
+]  # fmt: skip
+"""Width to height of an image."""
 ImageMetadata = Literal["parameters", "luthier", "xmp"]
 """What a file of an image says of itself."""
 
@@ -331,6 +337,10 @@ class ImageSettings(ApiModel):
     """Pixels, a multiple of 8. Models are at their best near the size that they were trained with."""
     height: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
     """Pixels, a multiple of 8."""
+    aspect_ratio: AspectRatio | None = None
+    """Width to height, in place of both: the size nearest to it among those for models that were trained with 512 or
+    1024 pixels, as diffusers lists them. Each output says its size. Other models need width and height.
+    """
     per_prompt: Annotated[int, Field(ge=1, le=1000)] = 1
     """Images for each row."""
     format: Literal["png", "webp", "jpeg"] = "png"
@@ -361,6 +371,10 @@ class ImageSettings(ApiModel):
         Rule(
             "self.guidanceRescale == 0.0 || self.guidance > 1.0",
             "image.guidanceRescale: has no effect with guidance up to 1; remove it, or set guidance above 1",
+        ),
+        Rule(
+            "!has(self.aspectRatio) || self.width == 1024 && self.height == 1024",
+            "image.aspectRatio: decides on width and height; remove them, or aspectRatio",
         ),
         Rule(
             "self.guidanceStart < self.guidanceEnd",

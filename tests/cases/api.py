@@ -2207,6 +2207,15 @@ CASES: list[Case] = [
         accepted=PICTURES | {"spec.image": {"refiner": {"id": "org/r", "revision": "main"}}},
         base=GENERATE,
     ),
+    *(
+        Case(
+            message="image.aspectRatio: decides on width and height; remove them, or aspectRatio",
+            base=GENERATE,
+            refused=PICTURES | {"spec.image": {"aspectRatio": "16:9", name: 512}},
+            accepted=PICTURES | {"spec.image": {"aspectRatio": "16:9"}},
+        )
+        for name in ("width", "height")
+    ),
     Case(
         message="image.guidanceRescale: has no effect",
         refused=PICTURES | {"spec.image": {"guidanceRescale": 0.7, "guidance": 1}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,12 @@ from luthier_api.methods import QUANTIZATIONS
 from luthier_api.run import GenerateRun, PreparedRecord
 from luthier_api.spec import ModelSource
 from luthier_api.status import Plan
+from luthier_api.task_settings import ImageSettings
 from luthier_api.tasks import TASKS, TOOLS, GenerateTask, Modality
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.data import chats
 from luthier_trainer.data.masks import ChatReader, Unreadable
+from luthier_trainer.generation import rows as prepared_rows
 from luthier_trainer.generation.engines.table import engine_class
 from luthier_trainer.generation.rows import Line
 from luthier_trainer.methods.checks import check_quantisable
@@ -76,11 +79,13 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     if reads_texts(spec):
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
+    if spec.image:
+        render = size_writer(path, spec.image, located.field)
     others = (located, *found, *([refiner] if refiner else []))
     target = folder.prepared / ROWS
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
-    generation_files.report_distorted(run, rows)
+    generation_files.report_distorted(run, prepared_rows.read(target))
     size = target.stat().st_size
     needed = space.outputs_bytes(spec, written.outputs, size * written.outputs // max(written.rows, 1))
     space.check_outputs(needed, written.outputs, folder.root)
@@ -89,7 +94,7 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         model=located.resolved,
         dataset=inputs.model_copy(update={"rows": written.rows, "outputs": written.outputs}),
         adapters=[a.resolved for a in found],
-        plan=PLANNED[library](run, plan, path, refiner_path, rows),
+        plan=PLANNED[library](run, plan, path, refiner_path, prepared_rows.read(target)),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
         other_model_paths=[str(refiner_path)] if refiner_path else [],
@@ -125,6 +130,38 @@ def reads_texts(spec: GenerateJobSpec) -> bool:
 def unchanged(line: Line) -> Line:
     """Return a row whose prompt is what the model reads."""
     return line
+
+
+def size_writer(path: Path, image: ImageSettings, field: str) -> Callable[[Line], Line]:
+    """Return a function that gives a row the size of its aspect ratio, for the pipeline in `path`.
+
+    A notice names each size. The function raises BadRow if the model has no such sizes. Raises Failure if that is so,
+    and the job has an aspect ratio.
+    """
+    from luthier_trainer.generation import sizes  # imports torch and diffusers
+
+    @cache
+    def size(ratio: str) -> tuple[int, int]:
+        width, height = sizes.size_of(ratio, sizes.trained_side(path, field))
+        notice(f"spec.image.aspectRatio: {ratio} is drawn with {width} × {height}")
+        return width, height
+
+    if image.aspect_ratio:
+        size(image.aspect_ratio)
+
+    def write(line: Line) -> Line:
+        """Return the row with its size. Raises BadRow if the model has none for its aspect ratio."""
+        own = line.get("settings", {})
+        ratio = own.get("aspectRatio", image.aspect_ratio)
+        if not ratio:
+            return line
+        try:
+            width, height = size(ratio)
+        except Failure as failure:
+            raise BadRow(failure.message.removeprefix("spec.")) from None
+        return line | {"settings": own | {"width": width, "height": height}}
+
+    return write
 
 
 def report_idle_shards(spec: GenerateJobSpec, outputs: int) -> None:

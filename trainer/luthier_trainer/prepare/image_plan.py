@@ -67,11 +67,12 @@ def limit_of(run: GenerateRun) -> int | None:
 def largest(spec: GenerateJobSpec, rows: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
     """Return width and height of the largest images of the job: rows may override them."""
     width, height = spec.image.width, spec.image.height
-    sizes = {(width, height)}
+    sizes = set()
     for row in rows:
         own = row.get("settings") or {}
-        sizes.add((own.get("width", width), own.get("height", height)))
-    return max(sizes, key=lambda size: (size[0] * size[1], size))
+        if "error" not in row:
+            sizes.add((own.get("width", width), own.get("height", height)))
+    return max(sizes or {(width, height)}, key=lambda size: (size[0] * size[1], size))
 
 
 def measured(spec: GenerateJobSpec, plan: Plan, paths: Mapping[str, Path], size: tuple[int, int]) -> dict[str, Part]:

@@ -72,9 +72,7 @@ class ImageEngine(Batched):
         # Adapters are fused once, in fp32, and rounded with the weights.
         pipe = pipelines.load(model_path, hardware.dtype, merging=bool(adapters))
         self.family = FAMILIES[type(pipe).__name__]
-        parts = {
-            name: model for name in self.family.adapted if (model := getattr(pipe, name, None)) is not None
-        }
+        parts = {name: model for name in self.family.adapted if (model := getattr(pipe, name, None)) is not None}
         names = Names(parts) if adapters else None
         changes = [
             (lora.read(path, names, f"spec.adapters[{i}]"), spec.adapters[i].weight)
@@ -112,8 +110,8 @@ class ImageEngine(Batched):
 
     def problem_of_settings(self, sample: Sample) -> str | None:
         """Return why the model cannot work with the settings of a sample; None if it can."""
-        # The refiner has the scheduler and the guidance of the job.
-        if self.refiner and {*(sample.overrides or {})} - {"format"}:
+        # The refiner has the scheduler and the guidance of the job, and takes latents of any size.
+        if self.refiner and {*(sample.overrides or {})} - {"format", "aspectRatio", "width", "height"}:
             return "settings: with image.refiner all rows have those of the job; remove what the row overrides"
         try:
             self.check_settings(sample)
