@@ -220,9 +220,8 @@ def begins(parts: Parts, new: int, rows: int) -> str:
     """
     means = f"The rows of {len(parts)} learnt pieces begin as the mean of the rows of the tokens that they consist of"
     others = new - len(parts)
-    return (
-        f"{means}; new rows of the {others} others are drawn around the mean of the other {rows:,}" if others else means
-    )
+    drawn = "row of the other new token is" if others == 1 else f"rows of the {others} other new tokens are"
+    return f"{means}; the {drawn} drawn around the mean of the {rows:,} before" if others else means
 
 
 def begin_as_means(model: PreTrainedModel, parts: Parts) -> None:

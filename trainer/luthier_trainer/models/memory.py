@@ -331,11 +331,11 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
     if of_diffusers:
         own.enable_gradient_checkpointing()
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        (own.disable_gradient_checkpointing if of_diffusers else model.gradient_checkpointing_disable)()
+        (own.disable_gradient_checkpointing if of_diffusers else model.activation_checkpointing_disable)()
 
 
 def in_fp32(value: Any) -> Any:
