@@ -152,7 +152,7 @@ class Plan(ApiModel):
     gpu_hours: float | None = None
     """The same in hours, of all GPUs together (FineTuneJob)."""
     data_bytes: int | None = None
-    """Size of the prepared rows in bytes."""
+    """Size in bytes of the prepared rows, and of what the training keeps of them."""
     checkpoint_bytes: int | None = None
     """Size of a checkpoint in bytes (FineTuneJob)."""
     result_bytes: int | None = None

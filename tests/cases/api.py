@@ -594,6 +594,11 @@ MARKS: list[Case] = [
         accepted=PICTURES | {"spec.image": {"resolution": 1024, "bucketStep": 64}},
     ),
     Case(
+        message="image.cacheEncodings: keeps what text encoders make of captions, which",
+        refused=PICTURES | {"spec.image": {"cacheEncodings": True, "trainTextEncoders": True}},
+        accepted=PICTURES | {"spec.image": {"cacheEncodings": True}},
+    ),
+    Case(
         message="spec.image.priorLossWeight: weighs the images that dataset.columns.prior marks; set that column, or",
         refused=PICTURES | {"spec.image": {"priorLossWeight": 0.5}},
         accepted=PICTURES | {"spec.image": {"priorLossWeight": 0.5}, "spec.dataset.columns": {"prior": "class"}},

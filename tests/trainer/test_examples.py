@@ -34,7 +34,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHORT: dict[str, dict[str, Any]] = {
     "finetune-sdxl.yaml": {
         "model": {"path": "/data/sdxl"},
-        "image": {"resolution": 32, "bucketStep": 8, "minSnrGamma": 5},
+        "image": {"resolution": 32, "bucketStep": 8, "cacheEncodings": True, "minSnrGamma": 5},
         "training": {"maxSteps": 4, "batchSize": 4, "saveSteps": 2, "learningRate": 1e-2, "logSteps": 1},
         "resources": {"gpusPerNode": 0, "processesPerNode": 2},
     },

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from luthier_api.finetune import FineTuneJobSpec
@@ -30,6 +31,7 @@ from luthier_trainer.tasks.diffusion import (
     draw_for_training,
     learning_part,
 )
+from luthier_trainer.tasks.kept_encodings import read_batch
 from luthier_trainer.tasks.text_to_image import TextToImage, collator
 from trainer import measured_memory
 
@@ -196,6 +198,28 @@ def test_prior_preservation_is_that_of_dreambooth(
     assert len({*drawn.timesteps.tolist()}) == 4
 
 
+@pytest.mark.parametrize("rows", [ROWS, PAIRS], ids=["images", "pairs"])
+def test_encodings_are_those_of_the_pipeline(
+    make: Callable[..., DiffusionTrainer], pipe: StableDiffusionXLPipeline, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """What is kept of a row, and batches of it: posterior of the VAE, outputs of the text encoders, size and crop."""
+    trainer = make()
+    expect = trainer.data_collator(rows)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(expect["pixel_values"]).latent_dist
+        captions = [row[name] for name in ("caption", "prior_caption") if name in rows[0] for row in rows]
+        hidden, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+        tensors = {f"{row['labels']}.{name}": t for row in rows for name, t in trainer._encoded(row).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "kept.safetensors")
+    kept = [{"labels": row["labels"], "encodings": str(tmp_path / "kept.safetensors")} for row in rows]
+    found = read_batch([*kept, kept[-1]])
+    wanted = {"latents_mean": posterior.mean, "latents_deviation": posterior.std, "encoder_hidden_states": hidden}
+    wanted |= {"text_embeds": pooled, "time_ids": expect["time_ids"], "labels": expect["labels"]}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 TARGETS = ["to_q", "to_v", "q_proj", "v_proj"]
 
 
@@ -336,3 +360,25 @@ def test_a_step_holds_what_is_planned(text_encoders: bool, pipe: Any, sdxl: Path
     assert -0.02 <= (step.kept_fixed + 5 * step.kept_per_row) / kept - 1 <= 0.05
     highest = max(moment.fixed + 5 * moment.per_row + moment.gradients for moment in step.moments)
     assert -0.02 <= highest / peak - 1 <= 0.1
+
+
+def test_encodings_leave_the_device(sdxl: Path) -> None:
+    """The plan of a step has neither VAE nor text encoders, and no operations of theirs."""
+    spec = spec_of(False, targetModules=TARGETS[:2])
+    cached = spec.model_copy(update={"image": spec.image.model_copy(update={"cache_encodings": True})})
+    task, model = TextToImage(), Model(ResolvedSource(source="a/b"), sdxl, None, None)
+    facts, macs = [], []
+    for asked in (spec, cached):
+        trial = task.trial(model, asked, None, None)
+        assert not isinstance(trial, str)
+        with torch.device("meta"):
+            adapted = with_method(trial.model, asked.method, None, trial.heads, deepspeed=False)
+        step = memory.step_of(adapted, trial, Setting("cpu", None))
+        facts.append((len(trial.beside), step.kept_per_row, max(m.fixed + 5 * m.per_row for m in step.moments)))
+        compute = task.compute(model, asked, None, None)
+        assert compute is not None
+        macs.append(compute.frozen_models)
+    assert (facts[0][0], facts[1][0]) == (3, 0)
+    assert facts[1][1] <= facts[0][1]
+    assert facts[1][2] <= facts[0][2]
+    assert macs[0] > 0 == macs[1]

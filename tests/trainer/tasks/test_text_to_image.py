@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import load_from_disk
-from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from prepared_workspace import logged, losses, without_the_machine
 from safetensors import safe_open
@@ -33,6 +39,7 @@ from luthier_trainer.publish.model_card import card
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.runtime.run_folder import run_dir
+from luthier_trainer.tasks import kept_encodings
 from luthier_trainer.tasks.diffusion import DiffusionTrainer
 from luthier_trainer.training import main as train
 from luthier_trainer.training.callbacks import Heartbeat
@@ -187,6 +194,45 @@ def test_images_of_several_sizes(sdxl: Path, pictures: Path, tmp_path: Path, mon
     train.main(stopped)
     assert seen == whole
     assert losses(stopped) == losses(run)
+
+
+def test_encodings_that_are_kept(
+    trained: Trained, sdxl: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image is encoded once, also by a run that was stopped meanwhile; the course is that without the cache."""
+    encoded: list[int] = []
+
+    def counted(self: AutoencoderKL, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        encoded.append(len(pixels))
+        if len(encoded) == 3:
+            (run_dir() / "stop").touch()
+        return plain(self, pixels, *args, **kwargs)
+
+    plain = AutoencoderKL.encode
+    monkeypatch.setattr(kept_encodings, "ROWS_A_FILE", 4)
+    run = job(tmp_path / "style", sdxl, pictures, image={"resolution": 32, "cacheEncodings": True})
+    prepare.main(run)
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
+    assert train.main(run).code == 75
+    (run_dir() / "stop").unlink()
+    assert encoded == [1] * 4
+    kept = WorkspaceFolder(Path(run.workspace)).prepared / "kept/encodings"
+    (first,) = kept.glob("train-*.safetensors")
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+
+    metrics = train.main(run).metrics
+    assert encoded == [1] * (4 + ROWS), "with those of the broken file"
+    assert metrics is not None
+    assert losses(run) == pytest.approx(losses(trained.run), rel=1e-5)
+    assert metrics["evalLoss"] == pytest.approx(trained.metrics["evalLoss"], rel=1e-5)
+    expect, found = (load_file(folder / WEIGHTS) for folder in (trained.result, tmp_path / "style/result"))
+    for name, weight in expect.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    planned, plain_plan = read_prepared(run).plan, read_prepared(trained.run).plan
+    size = sum(file.stat().st_size for file in kept.glob("*.safetensors"))
+    assert (planned.data_bytes or 0) - (plain_plan.data_bytes or 0) == pytest.approx(size, rel=0.05)
 
 
 def test_the_result_is_an_adapter_of_diffusers(trained: Trained) -> None:

@@ -89,7 +89,8 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
     dataset_path = folder.prepared / "dataset"
     kept = data if examples.stream is None else DatasetDict({name: data[name] for name in data if name != "train"})
     data_bytes = sum(space.rows_bytes(split) for split in kept.values())
-    space.check_save(folder.prepared, data_bytes, "the encoded rows need")
+    kept_bytes = task.kept_bytes(model, spec, kept)
+    space.check_save(folder.prepared, data_bytes + kept_bytes, "the encoded rows need")
     kept.save_to_disk(str(dataset_path))
     if model.processor is not None:
         model.processor.save_pretrained(folder.prepared / "processor")
@@ -118,7 +119,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         memory = memory_facts(task, model, changed, plan, counted, examples.labels, known, beside)
         return Facts(memory, counted, task.compute(model, changed, examples.labels, known), trouble)
 
-    plan = laid_out(run, plan, facts, folder, data_bytes, other=other)
+    plan = laid_out(run, plan, facts, folder, data_bytes + kept_bytes, other=other)
     if (
         spec.training.group_by_length is False
         and "length" in train.column_names
@@ -131,7 +132,7 @@ def prepare(run: FineTuneRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             can_pack=spec.training.packing is not None,
             can_group=examples.stream is None,
         )
-    space.check_room(spec, plan, folder.root)
+    space.check_room(spec, plan, folder.root, beside=kept_bytes)
     notice_short_grace(spec, plan)
     read = {origin.path: origin for rows in (examples.train, examples.eval) if rows for origin in rows.origins}
     parts = [part.model_copy(update={"source": part.source[:300]}) for part in examples.sources]

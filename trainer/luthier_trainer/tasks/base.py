@@ -302,6 +302,10 @@ class Task(Batches, Protocol):
         rows_at_once = micro_batch(spec, spec.training.batch_size // spec.resources.world_size)[0]
         return sum(-(-size // rows_at_once) * rows_at_once for size in groups)
 
+    def kept_bytes(self, model: Model, spec: FineTuneJobSpec, data: DatasetDict) -> int:
+        """Return the bytes of what the training computes of the rows, once, and keeps in the workspace."""
+        return 0
+
     def attention(self, model: Model, spec: FineTuneJobSpec) -> Attention | None:
         """Return how the model's attention can be computed; None for models that are not of transformers.
 

@@ -146,6 +146,13 @@ def numbered(sizes: Sequence[Sequence[int]]) -> list[int]:
     return [numbers[height, width] for height, width in sizes]
 
 
+def of_rows(rows: Dataset, spec: FineTuneJobSpec) -> list[Size]:
+    """Return the size of the images of each encoded row."""
+    if BUCKET not in rows.column_names:
+        return [Size(spec.image.resolution, spec.image.resolution)] * len(rows)
+    return [Size(*size) for size in rows[BUCKET][:]]
+
+
 def largest(rows: Dataset | None, spec: FineTuneJobSpec) -> Size:
     """Return the size with the most pixels of encoded rows; a square where they are not known."""
     return max(_found(rows, spec), key=lambda size: size.pixels)
@@ -160,6 +167,4 @@ def average(rows: Dataset | None, spec: FineTuneJobSpec) -> Size:
 
 def _found(rows: Dataset | None, spec: FineTuneJobSpec) -> Counter[Size]:
     """Return the sizes of encoded rows, and how many rows have each."""
-    if rows is None or BUCKET not in rows.column_names:
-        return Counter([Size(spec.image.resolution, spec.image.resolution)])
-    return Counter(Size(*size) for size in rows[BUCKET][:])
+    return Counter([Size(spec.image.resolution, spec.image.resolution)] if rows is None else of_rows(rows, spec))

@@ -1,7 +1,7 @@
 """A transformers Trainer for the UNet of Stable Diffusion, which learns to predict the noise in latents of images.
 
-The frozen VAE and text encoders run in each step, because `prepare` has no GPU for them. Text encoders that learn are
-one module with the UNet (`ReadingUNet`). For SDXL and an image of
+The frozen VAE and text encoders run in each step, because `prepare` has no GPU for them, or once before the first one
+(`kept_encodings`). Text encoders that learn are one module with the UNet (`ReadingUNet`). For SDXL and an image of
 1024 × 1024 pixels the VAE computes 4.9 of a step's 25 TFLOP, in fp32 (FlopCounterMode, activations checkpointed).
 The random numbers of a row depend only on the seed, the step and the row. A resumed run, or one with another number of
 processes, therefore sees the same noise without saving the state of a generator.
@@ -26,11 +26,20 @@ from luthier_trainer.models import pipelines
 from luthier_trainer.models.compute import count_operations, of_images
 from luthier_trainer.tasks.buckets import Size
 from luthier_trainer.tasks.images import PIXELS, ROW
-from luthier_trainer.tasks.text_to_image import TIME_IDS, images_of_a_row
+from luthier_trainer.tasks.kept_encodings import (
+    DEVIATION,
+    ENCODERS,
+    HIDDEN,
+    MEAN,
+    POOLED,
+    TIME_IDS,
+    KeptEncodings,
+    read_batch,
+)
+from luthier_trainer.tasks.text_to_image import SIZE_NUMBERS, images_of_a_row
 from luthier_trainer.workspace.flops import MULTIPLY_ADD
 
 GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, cover the unit interval evenly
-ENCODERS = ("text_encoder", "text_encoder_2")  # names of the components
 TOKENS = ("input_ids", "input_ids_2")  # what each of them reads of a batch
 
 
@@ -49,12 +58,19 @@ def conditions(
     1.5 and 2 reads the last output: [rows, 77, width].
     """
     if len(encoders) == 1:
-        return {"encoder_hidden_states": encoders[0](tokens[0])[0]}
+        return conditions_of(encoders[0](tokens[0])[0])
     outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, tokens, strict=True)]
-    return {
-        "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
-        "added_cond_kwargs": {"text_embeds": outputs[-1][0], "time_ids": time_ids},
-    }
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return conditions_of(hidden, outputs[-1][0], time_ids)
+
+
+def conditions_of(
+    hidden: torch.Tensor, pooled: torch.Tensor | None = None, time_ids: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Return the arguments of the UNet for what text encoders have made. `pooled`, `time_ids`: of XL alone."""
+    if pooled is None:
+        return {HIDDEN: hidden}
+    return {HIDDEN: hidden, "added_cond_kwargs": {POOLED: pooled, TIME_IDS: time_ids}}
 
 
 class ReadingUNet(torch.nn.Module):
@@ -187,6 +203,17 @@ class FrozenModels:
             posterior = self.vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
+    def posterior(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of the latents of a batch: those that are kept, or of `likely_latents`."""
+        if MEAN in inputs:
+            return inputs[MEAN], inputs[DEVIATION]
+        return self.likely_latents(inputs[PIXELS])
+
+    def release(self) -> None:
+        """Free the memory of the weights: all batches have encodings from now on."""
+        for model in (self.vae, *self.text_encoders):
+            model.to("meta")
+
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Return latents of the VAE, scaled to a variance of about 1 for the UNet. The shape stays the same."""
         config = self.vae.config
@@ -199,8 +226,11 @@ class FrozenModels:
     def read(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model that learns reads of the captions and sizes of a batch, by the names of its arguments.
 
-        That is what the text encoders make of it (`conditions`), or the tokens themselves if they learn, too.
+        That is what the text encoders make of it (`conditions`), or have made of it (`kept_encodings`), or the tokens
+        themselves if they learn, too.
         """
+        if HIDDEN in inputs:
+            return conditions_of(inputs[HIDDEN], inputs.get(POOLED), inputs.get(TIME_IDS))
         tokens, time_ids = [inputs[name] for name in TOKENS if name in inputs], inputs.get("time_ids")
         if not self.text_encoders:
             return {"tokens": tokens, "time_ids": time_ids}
@@ -229,13 +259,26 @@ class DiffusionTrainer(Trainer):
     """Trains the adapter of a UNet, or of a `ReadingUNet`.
 
     Its batches have `pixel_values`, `input_ids` and `labels` (the numbers of the rows), those of XL also `input_ids_2`
-    and `time_ids`. With prior preservation, the images of the class follow those to learn, one for each row.
+    and `time_ids`; or `labels` and what is made of the others (`kept_encodings`). With prior preservation, the images
+    of the class follow those to learn, one for each row.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+    """Datasets of transformers' Trainer; the latter is None without held-out rows."""
+
     def __init__(
-        self, *, frozen: FrozenModels, min_snr_gamma: float | None = None, prior_weight: float = 1.0, **kwargs: Any
+        self,
+        *,
+        frozen: FrozenModels,
+        min_snr_gamma: float | None = None,
+        prior_weight: float = 1.0,
+        kept_in: Path | None = None,
+        **kwargs: Any,
     ) -> None:
-        """`min_snr_gamma`: None: all timesteps count alike. `prior_weight`: of the images of the class."""
+        """`min_snr_gamma`: None: all timesteps count alike. `prior_weight`: of the images of the class. `kept_in`: the
+        folder for encodings if they are computed before the training.
+        """
         model, args = kwargs["model"], kwargs["args"]
         # transformers would set `use_cache` in the configuration, but those of diffusers cannot be changed.
         model.config = None
@@ -250,7 +293,36 @@ class DiffusionTrainer(Trainer):
         """Rows of the present batch."""
         self._weights: torch.Tensor | None = None
         """How much the rows of the present batch count, fp32 [rows]; None: all alike."""
+        self.kept_in = kept_in
+        if kept_in is None:
+            self.frozen.to(self.args.device)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        if self.kept_in is not None:
+            self._keep_encodings(self.kept_in)
+        return super().train(*args, **options)
+
+    def _keep_encodings(self, folder: Path) -> None:
+        """Let all rows be encoded, and learn from the encodings. VAE and text encoders leave the device then.
+
+        The model that learns leaves it meanwhile, so that the device holds less than in a step.
+        """
+        self.model.to("cpu")
         self.frozen.to(self.args.device)
+        kept = KeptEncodings(folder, self, self.frozen.text_encoders[0].dtype)
+        self.train_dataset = kept.of(self.train_dataset, "train", self._encoded)
+        if self.eval_dataset is not None:
+            self.eval_dataset = kept.of(self.eval_dataset, "eval", self._encoded)
+        self.frozen.release()
+        self.data_collator = read_batch
+        self.model.to(self.args.device)
+
+    def _encoded(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the encodings of a row of the dataset, each [images of the row, ...]."""
+        batch = self._prepare_inputs(self.data_collator([row]))
+        mean, deviation = self.frozen.likely_latents(batch[PIXELS])
+        read = self.frozen.read(batch)
+        return {MEAN: mean, DEVIATION: deviation, HIDDEN: read[HIDDEN], **read.get("added_cond_kwargs", {})}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -284,7 +356,7 @@ class DiffusionTrainer(Trainer):
 
         `learning`: True draws random numbers for a training step, False draws them for an evaluation.
         """
-        mean, deviation = self.frozen.likely_latents(inputs[PIXELS])
+        mean, deviation = self.frozen.posterior(inputs)
         rows, shape, timesteps = inputs[ROW].tolist(), mean.shape[1:], self.frozen.schedule.config.num_train_timesteps
         if learning:
             priors = len(mean) > len(rows)
@@ -312,7 +384,7 @@ def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec, size: Size) -> Comp
     encoders = list(encoders_of(found).values())
     with torch.device("meta"):
         tokens = [torch.empty(images, e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
-        time_ids = torch.empty(images, TIME_IDS)
+        time_ids = torch.empty(images, SIZE_NUMBERS)
     unit = pipelines.pixels_of_a_latent(vae)
 
     def frozen() -> None:
@@ -329,7 +401,7 @@ def macs_of(found: Mapping[str, Any], spec: FineTuneJobSpec, size: Size) -> Comp
         "timestep": torch.empty(images, device="meta"),
         **read,
     }
-    beside = sum(count_operations(frozen).values()) // MULTIPLY_ADD
+    beside = 0 if spec.image.cache_encodings else sum(count_operations(frozen).values()) // MULTIPLY_ADD
     return of_images(model, inputs).model_copy(update={"frozen_models": beside})
 
 

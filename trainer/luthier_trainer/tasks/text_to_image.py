@@ -33,6 +33,7 @@ from luthier_trainer.tasks.batches import LabelledBatches, measured_by
 from luthier_trainer.tasks.buckets import BUCKET, Size
 from luthier_trainer.tasks.images import PIXELS, ROW
 from luthier_trainer.workspace.model_files import PIPELINE_CONFIG
+from luthier_trainer.workspace.plan import plan_precision
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -48,7 +49,7 @@ PRIORS = "spec.dataset.columns.prior"
 CAPTIONS = "spec.dataset.columns.text"
 SHOWN = 60  # characters of a caption in a message
 PREDICTIONS = ("epsilon", "v_prediction")
-TIME_IDS = 6  # numbers that describe size and crop of an image; refiners have five
+SIZE_NUMBERS = 6  # numbers that describe size and crop of an image; refiners have five
 
 
 class TextToImage(LabelledBatches, Task):
@@ -111,6 +112,20 @@ class TextToImage(LabelledBatches, Task):
         """Give notice, for each split, of captions that are longer than the text encoders read."""
         for use, rows in data.items():
             report_unread(rows, read_tokenizers(model.path), use)
+
+    def kept_bytes(self, model: Model, spec: FineTuneJobSpec, data: DatasetDict) -> int:
+        """Return what the encodings of all rows take, if they are kept."""
+        if not spec.image.cache_encodings:
+            return 0
+        from luthier_trainer.models import pipelines
+        from luthier_trainer.tasks.kept_encodings import bytes_of
+
+        found = pipelines.skeletons(model.path, pipelines.index_of(model.path, inspect.MODEL), inspect.MODEL)
+        computed_bytes = 4 if plan_precision(spec.training.precision, spec.resources.gpus_per_node) == "fp32" else 2
+        held_out = [split for name, split in data.items() if name != "train"]
+        sizes = [size for split in held_out for size in buckets.of_rows(split, spec)]
+        own = bytes_of(found, sizes, 1, computed_bytes)
+        return own + bytes_of(found, buckets.of_rows(data["train"], spec), images_of_a_row(spec), computed_bytes)
 
     def cannot_recompute(self, model: Model, spec: FineTuneJobSpec) -> str | None:
         return None
@@ -178,6 +193,7 @@ class TextToImage(LabelledBatches, Task):
             "frozen": frozen,
             "min_snr_gamma": image.min_snr_gamma,
             "prior_weight": image.prior_loss_weight or 1.0,
+            "kept_in": context.folder / "encodings" if image.cache_encodings else None,
             **measured_by(RowLosses()),
         }
         make_batch = collator(read_tokenizers(context.model_path), context.spec.image.resolution)
@@ -286,7 +302,7 @@ def check_conditioning(models: Mapping[str, Any], side: int, field: str) -> None
         conditions = {}
         if len(configs) > 1:
             pooled = torch.empty(1, configs[1].projection_dim)
-            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, TIME_IDS)}
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, SIZE_NUMBERS)}
         try:
             models["unet"](sample, torch.empty(1), hidden, **conditions)
         except Exception as error:  # the blocks of a UNet check their inputs with many types of exceptions

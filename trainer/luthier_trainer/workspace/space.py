@@ -114,14 +114,15 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0) -> None:
-    """Whether checkpoints and result fit the volume that `folder` is on; `held` checkpoints lie there already. Raises
-    Failure(STORAGE_ERROR).
+def check_room(spec: FineTuneJobSpec, plan: Plan, folder: Path, held: int = 0, beside: int = 0) -> None:
+    """Whether checkpoints and result fit the volume that `folder` is on; `held` checkpoints lie there already.
+
+    `beside`: bytes that the training will write besides. Raises Failure(STORAGE_ERROR).
     """
     if plan.checkpoint_bytes is None or plan.result_bytes is None or not plan.steps:
         return
     wanted = copies(spec.training, plan.steps)
-    needed = max(0, wanted - held) * plan.checkpoint_bytes + plan.result_bytes
+    needed = max(0, wanted - held) * plan.checkpoint_bytes + plan.result_bytes + beside
     free, total = volume(folder)
     if free >= needed:
         return
