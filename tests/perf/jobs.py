@@ -39,8 +39,9 @@ from luthier_operator.client import RESOURCES, ApiError, Client, login
 from luthier_operator.decide import decide
 from luthier_operator.model import Object, Observed
 from luthier_operator.objects import objects
+from luthier_operator.phases.waiting import in_turn
+from luthier_operator.reconcile import CREATED_SECONDS
 from luthier_operator.settings import Settings
-from luthier_operator.settling import NOTHING
 
 HERE, DIRECT = "luthier-bench", "luthier-bench-direct"
 NO_SCHEDULER = "nobody"
@@ -222,7 +223,8 @@ async def throughput(client: Client, account: dict[str, str], audit_path: Path, 
             await asyncio.gather(*ends)
             await jobsets.all_of(names)
             to_jobset = max(jobsets.at.values()) - begin
-            await asyncio.sleep(NOTHING + 5)  # what settles for longest is settled, and has cost what it costs
+            # Until each job was decided on for the last time, which its own creation of children has planned.
+            await asyncio.sleep(in_turn(CREATED_SECONDS, size) + 5)
             cpu.append(operator.cpu_seconds())
         peak = operator.memory_mib()
         reconciles = operator.reconciles()
