@@ -35,6 +35,7 @@ from luthier_operator.jobs import Login, login, watch_jobs
 from luthier_operator.kueue import WORKLOAD
 from luthier_operator.metrics import LEADS, Metrics
 from luthier_operator.model import Key, Object
+from luthier_operator.ownership import owner_of
 from luthier_operator.progress import Scraper, pod_url
 from luthier_operator.queue import BACKOFF_BASE, Queue
 from luthier_operator.reconcile import Reconciler
@@ -221,9 +222,13 @@ class Operator:
             # After a 410 kopf lists again, and does not report what was deleted meanwhile.
             if type is None:
                 listing.set()
+            owner, edited = owner_of(found), type != "MODIFIED" or self.store.is_edited(found)
             touched = self.store.remove(found) if type == "DELETED" else self.store.put(found)
             for key in touched:
-                self.queue.add(key, first=type == "MODIFIED")  # an edit: users wait for its effect
+                if owner and key == owner.key and not edited:  # the operator's own write, which came before its answer
+                    self.queue.soon(key, settling.NOTHING)
+                else:
+                    self.queue.add(key, first=type == "MODIFIED")  # an edit: users wait for its effect
 
         async with asyncio.TaskGroup() as tasks:
             relisting = tasks.create_task(self._relist_jobs(watches, listing))
@@ -316,7 +321,9 @@ class Operator:
 
     def _enqueue_soon(self, keys: set[Key], found: Object | None = None) -> None:
         for key in keys:
-            self.queue.soon(key, settling.seconds(found, self.store.state(key)) if found else settling.ACT)
+            seconds = settling.seconds(found, self.store.state(key)) if found else settling.ACT
+            if seconds is not settling.NO_LOOK:
+                self.queue.soon(key, seconds)
 
     def _take_signals(self) -> None:
         """Handle signals here again, because kopf installs its own handlers at each start."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -79,12 +79,21 @@ def changed(before: Object, after: Object) -> bool:
     return before | {"metadata": before["metadata"] | version} != after
 
 
+class Edition(NamedTuple):
+    """What changes whenever somebody edits the spec of a job, deletes it, or creates it again."""
+
+    uid: str
+    generation: int | None
+    deleted: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class KeptJob:
     """A FineTuneJob or GenerateJob as text, with what is asked about all jobs."""
 
     uid: str
     version: int
+    edition: Edition
     text: bytes
     state: str
     """The column STATE of kubectl."""
@@ -112,6 +121,7 @@ class KeptJob:
         return cls(
             uid=meta["uid"],
             version=version(found),
+            edition=edition(found),
             text=msgspec.json.encode(found | {"metadata": kept_meta}),
             state=sys.intern(str(state)),
             outcome=sys.intern(outcome),
@@ -134,6 +144,11 @@ def source_keys(job: Object) -> tuple[Key, ...]:
     inputs = (spec.get("inputs") or {}).get("job")
     trained = [Key(JobKind.FINE_TUNE, namespace, name) for name in dict.fromkeys(names) if name]
     return (*trained, *([Key(JobKind.GENERATE, namespace, inputs)] if inputs else []))
+
+
+def edition(job: Object) -> Edition:
+    meta = job["metadata"]
+    return Edition(meta["uid"], meta.get("generation"), meta.get("deletionTimestamp"))
 
 
 def version(found: Object) -> int:

@@ -134,6 +134,8 @@ class Observed:
     """What Kueue says about the child of `run`."""
     kueue_readable: bool = False
     """Whether Workloads of Kueue are known: it is installed, and the operator may read them."""
+    backlog: int = 0
+    """Children of all jobs that have no pod yet: the controllers create pods one after another."""
     warnings: Mapping[ChildRef, str] = field(default_factory=dict)
     """What the Events of children say against their pods, where `decide` has asked for it; empty if nothing."""
 

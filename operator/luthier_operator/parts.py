@@ -51,6 +51,13 @@ class Parts:
         self.silences.clear()
         self.ended_since.clear()
 
+    def awaits_pods(self, child: Object) -> bool:
+        """Whether a controller has to create the first pod of a child."""
+        if children.finished(child) or children.suspended(child) or children.deleting(child):
+            return False
+        uid = child["metadata"]["uid"]
+        return not any(children.controller_uid(pod) == uid for pod in self.pods.values())
+
     def keepers(self) -> list[Object]:
         """The Jobs that hold pods, and are neither finished nor being deleted."""
         uids = {pod.child for pod in self.held.values()}

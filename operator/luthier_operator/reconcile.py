@@ -30,7 +30,7 @@ from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import ChildRef, Decision, Event, Key, Object, Observed
 from luthier_operator.namespaces import TERMINATING_SECONDS, Namespaces
-from luthier_operator.phases.waiting import NO_POD_SECONDS
+from luthier_operator.phases.waiting import NO_POD_SECONDS, in_turn
 from luthier_operator.queue import Queue
 from luthier_operator.rawstatus import internal_error_status, new_event, not_understood_status, status_patch
 from luthier_operator.render.claim import shortfall
@@ -173,7 +173,7 @@ class Reconciler:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
             last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)
             await self._report(key, current, first.status, last)
-        created = CREATED_SECONDS if decision.apply else None
+        created = in_turn(CREATED_SECONDS, observed.backlog) if decision.apply else None
         again = min((s for s in (wait, decision.requeue_after, created) if s is not None), default=None)
         if refusal:
             if again is not None:  # a deadline may be nearer than the next attempt

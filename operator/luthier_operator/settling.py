@@ -18,8 +18,12 @@ TELL = 1.0
 SEEN = 15.0
 """Seconds for what only ends a message: a pod that is new, of a job that reports that there is none."""
 NOTHING = 30.0
-"""Seconds for what has no consequence: a Job that counts its pods, a pod that is new, or one that has succeeded, after
-which its Job or JobSet ends. A container that does not start is reported after as long (`phases/waiting`).
+"""Seconds for what has no consequence yet: a pod that has its node, whose container is reported after as long if it
+does not start (`phases/waiting`), or one that has succeeded, after which its Job or JobSet ends.
+"""
+NO_LOOK = None
+"""For what has no consequence at all: a Job that counts its pods, a pod that has no node yet, one that prepares. When a
+pod would be missing was planned when its child was created.
 """
 AS_EXPECTED = {State.PREPARING, State.STARTING, State.RUNNING, State.PUBLISHING}
 """States of a job that reports no problem, which a change of its pods could end."""
@@ -29,8 +33,8 @@ USUAL = "ContainerCreating"
 """Each container waits with this reason before it runs."""
 
 
-def seconds(found: Object, job_state: str) -> float:
-    """How long a change to `found`, a Job, JobSet, pod or Workload, settles.
+def seconds(found: Object, job_state: str) -> float | None:
+    """How long a change to `found`, a Job, JobSet, pod or Workload, settles. With `NO_LOOK` the job is not looked at.
 
     `job_state`: the state of its job, as kubectl shows it.
     """
@@ -45,7 +49,7 @@ def seconds(found: Object, job_state: str) -> float:
     return TELL if children.was_suspended(found) or children.suspended(found) else _unimportant(job_state)
 
 
-def _of_pod(pod: Object, job_state: str) -> float:
+def _of_pod(pod: Object, job_state: str) -> float | None:
     state = children.container(pod)
     if children.terminated(pod):
         return NOTHING if state.get("terminated", {}).get("exitCode") == 0 else ACT
@@ -53,10 +57,14 @@ def _of_pod(pod: Object, job_state: str) -> float:
         if children.label(pod, naming.PHASE_LABEL) == "run":
             return ACT
         # It only ends the message why it did not run, if there is one.
-        return NOTHING if job_state in AS_EXPECTED else TELL
+        return NO_LOOK if job_state in AS_EXPECTED else TELL
     waits = state.get("waiting", {}).get("reason", USUAL) != USUAL
-    return TELL if children.unschedulable(pod) or waits else _unimportant(job_state)
+    if children.unschedulable(pod) or waits:
+        return TELL
+    if children.scheduled(pod) and job_state in AS_EXPECTED:
+        return NOTHING
+    return _unimportant(job_state)
 
 
-def _unimportant(job_state: str) -> float:
-    return NOTHING if job_state in AS_EXPECTED else SEEN
+def _unimportant(job_state: str) -> float | None:
+    return NO_LOOK if job_state in AS_EXPECTED else SEEN

@@ -18,7 +18,7 @@ from luthier_api.kinds import KINDS, source_of
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
 from luthier_operator.failure.pod_end import PodEnds, pod_end
-from luthier_operator.kept import KeptJob, changed, project, version
+from luthier_operator.kept import KeptJob, changed, edition, project, version
 from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
@@ -45,6 +45,7 @@ class Store:
         self._jobs: dict[Key, KeptJob] = {}
         self._parts: dict[Owner, Parts] = {}
         self._dependents: dict[Key, set[Key]] = {}  # job → jobs that use its result
+        self._without_pods: set[str] = set()  # uids of the children that `awaits_pods`
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     # Reading
@@ -59,6 +60,12 @@ class Store:
         owner = owner_of(job)
         known = self._jobs.get(owner.key) if owner else None
         return known is not None and known.version >= version(job)
+
+    def is_edited(self, job: Object) -> bool:
+        """Whether more than the status of a known job has changed."""
+        owner = owner_of(job)
+        known = self._jobs.get(owner.key) if owner else None
+        return known is None or known.edition != edition(job)
 
     def keys(self) -> list[Key]:
         return list(self._jobs)
@@ -119,6 +126,7 @@ class Store:
             jobset_installed=self.jobset_installed,
             admission=self.workloads.of(parts.children.get(workload(job).child("run"))),
             kueue_readable=self.workloads.listed,
+            backlog=len(self._without_pods),
         )
 
     # Writing
@@ -225,6 +233,10 @@ class Store:
         if children.finished(found):
             parts.ended_since.setdefault(ref, self._now())
         new = parts.children[ref] = project(found)
+        if parts.awaits_pods(new):
+            self._without_pods.add(new["metadata"]["uid"])
+        else:
+            self._without_pods.discard(new["metadata"]["uid"])
         return {owner.key} if known is None or changed(known, new) else set()
 
     def _put_pod(self, owner: Owner, found: Object) -> set[Key]:
@@ -234,6 +246,7 @@ class Store:
             known_version = version(known) if known else parts.terminated.get(uid, -1)
             if known_version >= version(found):
                 return set()
+        self._without_pods.discard(children.controller_uid(found))
         if not children.terminated(found):
             new = self._parts_of(owner).pods[uid] = project(found)
             return {owner.key} if known is None or changed(known, new) else set()
@@ -251,6 +264,7 @@ class Store:
 
     def _remove(self, owner: Owner, kind: str, name: str, uid: str) -> set[Key]:
         self._remember_deletion(uid)
+        self._without_pods.discard(uid)
         key = owner.key
         if kind in KINDS:
             known = self._jobs.get(key)

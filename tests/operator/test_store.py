@@ -130,6 +130,49 @@ def test_what_is_known_of_a_job_is_no_news(found: dict[str, Any], expect: bool) 
     assert not (store.knows(found) and store.put(found))
 
 
+@dataclass(frozen=True)
+class EditCase:
+    name: str
+    found: dict[str, Any]
+    edited: bool
+
+
+EDITS = [
+    EditCase(
+        name="its status",
+        found=moved(job(version=2), generation=1) | {"status": {"state": "Running"}},
+        edited=False,
+    ),
+    EditCase(
+        name="its spec",
+        found=moved(job(version=2), generation=2),
+        edited=True,
+    ),
+    EditCase(
+        name="it is deleted",
+        found=moved(job(version=2), generation=1, deletionTimestamp="2026-01-01T00:00:00Z"),
+        edited=True,
+    ),
+    EditCase(
+        name="it is created again",
+        found=moved(job(version=2, uid="another"), generation=1),
+        edited=True,
+    ),
+    EditCase(
+        name="it is not known",
+        found=moved(job("other", version=2), generation=1),
+        edited=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", EDITS, ids=lambda case: case.name)
+def test_a_job_is_edited_unless_only_its_status_has_changed(case: EditCase) -> None:
+    store = Store()
+    store.put(moved(job(), generation=1))
+    assert store.is_edited(case.found) is case.edited
+
+
 def test_an_answer_has_the_fields_that_a_watch_under_an_earlier_schema_drops() -> None:
     store = Store()
     store.put(job(version=1))
@@ -741,6 +784,73 @@ def test_the_reports_of_a_job_at_work_are_not_forgotten() -> None:
     store.put(ended("pod"))
     store.forget_reports(seen(store).job)
     assert len(seen(store).ended) == 1
+
+
+@dataclass(frozen=True)
+class BacklogCase:
+    name: str
+    then: list[dict[str, Any]]
+    """What follows on a JobSet that was created."""
+    backlog: int
+
+
+PODS_OF = {naming.CHILD_LABELS[0]: "uid-ftj-tune-run"}
+BACKLOGS = [
+    BacklogCase(
+        name="nothing",
+        then=[],
+        backlog=1,
+    ),
+    BacklogCase(
+        name="its controller has begun",
+        then=[owned("JobSet", "ftj-tune-run", version=2, status={"restarts": 0})],
+        backlog=1,
+    ),
+    BacklogCase(
+        name="a pod",
+        then=[moved(owned("Pod", "a"), labels=owned("Pod", "a")["metadata"]["labels"] | PODS_OF)],
+        backlog=0,
+    ),
+    BacklogCase(
+        name="a pod, and another count of the JobSet",
+        then=[
+            moved(owned("Pod", "a"), labels=owned("Pod", "a")["metadata"]["labels"] | PODS_OF),
+            owned("JobSet", "ftj-tune-run", version=2, status={"restarts": 0}),
+        ],
+        backlog=0,
+    ),
+    BacklogCase(
+        name="a queue holds it",
+        then=[owned("JobSet", "ftj-tune-run", version=2, spec={"suspend": True})],
+        backlog=0,
+    ),
+    BacklogCase(
+        name="a queue has held it",
+        then=[
+            owned("JobSet", "ftj-tune-run", version=2, spec={"suspend": True}),
+            owned("JobSet", "ftj-tune-run", version=3, spec={"suspend": False}),
+        ],
+        backlog=1,
+    ),
+    BacklogCase(
+        name="it has failed",
+        then=[owned("JobSet", "ftj-tune-run", version=2, status={"conditions": [condition("Failed")]})],
+        backlog=0,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BACKLOGS, ids=lambda case: case.name)
+def test_children_without_pods_are_the_backlog(case: BacklogCase) -> None:
+    store = Store()
+    store.put(job())
+    created = owned("JobSet", "ftj-tune-run")
+    store.put(created)
+    for found in case.then:
+        store.put(found)
+    assert seen(store).backlog == case.backlog
+    store.remove(created)
+    assert seen(store).backlog == 0
 
 
 @dataclass(frozen=True)

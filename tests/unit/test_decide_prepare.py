@@ -29,6 +29,7 @@ from cases.observed import (
     waiting,
 )
 
+from luthier_api.conditions import ConditionType
 from luthier_api.status import JobStatus
 from luthier_operator import naming
 from luthier_operator.model import ChildRef, Object, PodEnd
@@ -324,6 +325,43 @@ def test_prepare(case: Case) -> None:
     decision = decided(job, *children, pods=pods, ends=ends)
     assert describe(decision) == case.expect
     assert said(decision, "Prepared") == case.condition
+
+
+@dataclass(frozen=True)
+class BacklogCase:
+    """A Job without its pod, while the controllers have other children to create pods for."""
+
+    name: str
+    backlog: int
+    seconds: float
+    """Since the Job was created."""
+    missing: bool
+    given: JobStatus = PREPARING
+
+
+BACKLOGS = [
+    BacklogCase(name="none", backlog=0, seconds=31, missing=True),
+    BacklogCase(name="it is not yet its turn", backlog=100, seconds=31, missing=False),
+    BacklogCase(name="its turn is over", backlog=100, seconds=41, missing=True),
+    BacklogCase(name="no backlog is an excuse for longer than five minutes", backlog=9000, seconds=301, missing=True),
+    BacklogCase(
+        name="a burst that comes after the report",
+        backlog=100,
+        seconds=31,
+        missing=True,
+        given=status("Accepted", false={"Prepared": "NoPods"}, start_time=text(BEGIN)),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", BACKLOGS, ids=lambda case: case.name)
+def test_a_pod_is_missing_after_its_turn(case: BacklogCase) -> None:
+    job = fine_tune(case.given)
+    found = decided(job, child(job, "prepare", born=at(-case.seconds)), backlog=case.backlog)
+    condition = found.status.condition(ConditionType.PREPARED)
+    assert condition
+    assert condition.reason == ("NoPods" if case.missing else "Preparing")
+    assert bool(found.ask) is case.missing
 
 
 def test_a_condition_that_is_not_true_says_nothing() -> None:

@@ -197,7 +197,8 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
     # After a failure the Job's back-off may delay the next pod for minutes.
     if child and since and created < pods and not ctx.attempts(phase):
         found = warning(ctx, phase)
-        seconds = (NO_CONTROLLER_SECONDS if found == "" else NO_POD_SECONDS) + SECONDS_PER_POD * pods
+        seconds = NO_CONTROLLER_SECONDS if found == "" else in_turn(NO_POD_SECONDS, backlog(ctx, phase))
+        seconds += SECONDS_PER_POD * pods
         reason = PendingReason(Reason.NO_PODS, no_pods(child, created, pods, asked=found is not None))
         if found:
             message = refused_pods(phase, name(child), found)
@@ -212,6 +213,17 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
         if scheduled and not children.deleting(pod) and "running" not in children.container(pod):
             due = scheduled + timedelta(seconds=CONTAINER_SECONDS)
             yield Overdue(due, PendingReason(Reason.CONTAINER_CREATING, no_container(pod)))
+
+
+def backlog(ctx: Context, phase: Phase) -> int:
+    """The children whose pods may come before those of `phase`. A later burst of jobs takes no message back."""
+    reported = ctx.status.condition(CONDITIONS[phase])
+    return 0 if reported and reported.reason == Reason.NO_PODS else ctx.observed.backlog
+
+
+def in_turn(seconds: float, backlog: int) -> float:
+    """`seconds` that pods may be missing, and the time that the controllers need for a `backlog` of children."""
+    return min(seconds + SECONDS_PER_POD * backlog, NO_CONTROLLER_SECONDS)
 
 
 def no_pods(child: Object, created: int, pods: int, *, asked: bool) -> str:
