@@ -209,7 +209,7 @@ def test_an_adapter_by_the_names_of_the_authors_is_refused(models: Callable[[str
     adapters = [{"path": str(tmp_path)}]
     model = {"path": str(models("flux dev"))}
     run = generate_run(tmp_path / "job", ROWS[:1], task="text-to-image", model=model, image=SMALL, adapters=adapters)
-    with pytest.raises(Failure, match=r"2 belong to no module.*convert the file, for example by load_lora_weights"):
+    with pytest.raises(Failure, match=r"2 belong to no module.*for example by diffusers' load_lora_weights"):
         prepare.main(run)
 
 
