@@ -15,6 +15,7 @@ from jsonpatch import apply_patch
 from kubernetes.aio.client.configuration import Configuration
 
 from luthier_api.kinds import JobKind, parse_job
+from luthier_operator import reconcile
 from luthier_operator.client import ApiError, Client, status_operations
 from luthier_operator.events import Recorder
 from luthier_operator.metrics import Metrics
@@ -376,6 +377,36 @@ async def test_what_was_just_created_is_no_news(case: OwnWritesCase) -> None:
         assert api.get("Job", child["metadata"]["name"])
         assert again == CREATED_SECONDS
         assert (queue.next_deadline() is not None) == case.decides_again
+
+
+async def test_a_write_that_is_seen_before_its_answer_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, decided = asyncio.Event(), list[str]()
+    async with FakeCluster(lambda pod: Outcome(hold=True)) as cluster:
+        answer, is_edited, decide = cluster._resource, Store.is_edited, reconcile.decide
+
+        async def late(request: Any, resource: Any, ns: str, name: str, sub: str, sender: str) -> Any:
+            found = await answer(request, resource, ns, name, sub, sender)
+            if sub == "status":
+                await seen.wait()
+            return found
+
+        def noted(self: Store, job: dict[str, Any]) -> bool:
+            seen.set()
+            return is_edited(self, job)
+
+        def counted(observed: Any, settings: Settings, now: Any) -> Any:
+            decided.append(observed.job.metadata.name)
+            return decide(observed, settings, now)
+
+        cluster._resource = late  # type: ignore[method-assign]
+        monkeypatch.setattr(Store, "is_edited", noted)
+        monkeypatch.setattr(reconcile, "decide", counted)
+        async with running(cluster) as operator:
+            await until("kopf watches", lambda: "FineTuneJob" in cluster.watched)
+            cluster.create(fine_tune())
+            await until("the Job", lambda: cluster.get("Job", "ftj-tune-prepare") is not None)
+            await until("at rest", lambda: not (operator.queue._working or len(operator.queue)))
+        assert decided == ["tune"]
 
 
 def prepare_job(made: dict[str, Any], settings: Settings) -> dict[str, Any]:
