@@ -101,8 +101,9 @@ class KeptEncodings:
     def _make(file: Path, number: int, rows: Dataset, encode: Encode) -> None:
         """Encode the rows of a file and write it. `number`: of the file."""
         tensors: dict[str, torch.Tensor] = {}
-        for row in range(number * ROWS_A_FILE, min((number + 1) * ROWS_A_FILE, len(rows))):
-            tensors |= {f"{row}.{name}": tensor.cpu().contiguous() for name, tensor in encode(rows[row]).items()}
+        for i in range(number * ROWS_A_FILE, min((number + 1) * ROWS_A_FILE, len(rows))):
+            row = rows[i]
+            tensors |= {f"{row[ROW]}.{name}": tensor.cpu().contiguous() for name, tensor in encode(row).items()}
             beat()
         content = save(tensors)
         replace_file(file, content)
