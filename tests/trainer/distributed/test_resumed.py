@@ -80,8 +80,6 @@ def trained(
 ) -> Callable[[str], Courses]:
     @functools.cache
     def of(strategy: str) -> Courses:
-        if strategy != "ddp" and not request.config.getoption("--all-cells"):
-            pytest.skip("takes many minutes a strategy: run with --all-cells")
         if strategy.startswith("zero"):
             request.getfixturevalue("deepspeed_operators")
         first, second = (Group(tmp_path_factory.mktemp(name), {}) for name in ("first", "second"))
