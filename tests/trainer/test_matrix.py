@@ -2,7 +2,8 @@
 transformers, PEFT or diffusers load it, computes what the trained model does.
 
 `make test` trains each method with what it may not work with, and each task. The slow tests add cells, until every
-allowed pair of two choices has occurred, and train in two processes each task and each method with ddp, zero2, zero3 and fsdp.
+allowed pair of two choices has occurred, and train in two processes each task and each method with ddp, zero2, zero3
+and fsdp.
 `pytest tests/trainer/test_matrix.py --all-cells` trains all cells.
 """
 

@@ -11,7 +11,9 @@ def run() -> int:
     stop = Stop()  # before the imports below, which take time
     from luthier_trainer.supervisor.entrypoint import main
 
-    return main(sys.argv[1:], stop)
+    code = main(sys.argv[1:], stop)
+    stop.end()
+    return code
 
 
 if __name__ == "__main__":

@@ -640,3 +640,21 @@ def test_only_the_hub_itself_is_spoken_to_by_xet(
     script = CHILD + "print('xet', os.environ.get('HF_HUB_DISABLE_XET')); result(0)"
     process = start(script, **({"HF_ENDPOINT": case.endpoint} if case.endpoint else {}))
     assert f"xet {case.expect}" in process.communicate(timeout=PATIENCE)[0]
+
+
+LATE = """
+import os, sys
+from luthier_trainer import __main__
+from luthier_trainer.supervisor import entrypoint
+entrypoint.main = lambda arguments, stop: 75
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=int(sys.argv[1])):
+        kill(pid, number)  # after Python has taken its handlers away
+late = Late()
+raise SystemExit(__main__.run())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_process_that_ends_changes_no_exit_code(number: int) -> None:
+    assert subprocess.run([sys.executable, "-c", LATE, str(int(number))], check=False).returncode == 75
