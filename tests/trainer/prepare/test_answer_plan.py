@@ -239,7 +239,7 @@ CASES = [
         lambda needs: 1,
         spec={"task": "image-to-text"},
         config=BlipConfig(),
-        said=("spec.model: what its images need of the GPU is not known (NotImplementedError: blip writes",),
+        said=("spec.model: what its images need of the GPU is not known (ValueError: blip is not of an encoder",),
     ),
 ]
 

@@ -114,11 +114,11 @@ def memory_of(
 def held_by(model: Any, task: str, work: Work) -> Held:
     """Return what is there beside the weights while the model does the task.
 
-    Raises NotImplementedError if it writes in a way that is not traced here.
+    Raises ValueError if it writes otherwise than a decoder, alone or after an encoder.
     """
     causal = TASKS[task].auto_model == "CausalLM"
     if work.written and not causal and not model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{model.config.model_type} writes without an encoder of its own")
+        raise ValueError(f"{model.config.model_type} is not of an encoder and a decoder")
     if causal and work.beams == 1:
         try:
             return held_in_slots(model, work)
