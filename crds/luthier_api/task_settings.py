@@ -351,7 +351,7 @@ class ImageSettings(ApiModel):
     ]
     """What each file says of itself; nothing with []. parameters: prompts and settings, as web UIs for Stable Diffusion
     write and read them. luthier: the same and more as JSON (model, adapters, versions). xmp: that a model has made it
-    (DigitalSourceType of IPTC).
+    or a part of it (DigitalSourceType of IPTC), which one, and Luthier's version.
     """
     vae_tiling: Annotated[bool, WHOLE_JOB] = False
     """Whether images that are larger than those of the VAE's training are decoded in overlapping tiles. Takes less

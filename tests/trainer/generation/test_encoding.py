@@ -6,7 +6,9 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy
 import pytest
@@ -14,7 +16,8 @@ from PIL import ExifTags, Image
 from trainer.generating import sample
 
 from luthier_api.task_settings import ImageSettings
-from luthier_trainer.generation.encoding import FORMATS, About, encode
+from luthier_api.tasks import GENERATION_TASKS
+from luthier_trainer.generation.encoding import FORMATS, SOURCE_TYPES, About, encode
 from luthier_trainer.generation.samples import Unusable
 
 ABOUT = About(
@@ -153,6 +156,63 @@ def test_what_is_switched_off_is_not_there(form: str, case: Switch) -> None:
     assert ("trainedAlgorithmicMedia" in str(xmp)) is case.xmp
     if not case.metadata:
         assert not image.getexif()
+
+
+@dataclass(frozen=True)
+class Marked:
+    name: str
+    task: str
+    model: dict[str, str]
+    expect: dict[str, str]
+
+
+MARKED = [
+    Marked(
+        name="a model of the Hub",
+        task="text-to-image",
+        model={"source": "org/lutes", "revision": "0123abcd"},
+        expect={
+            "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
+            "AISystemUsed": "org/lutes",
+            "AISystemVersionUsed": "0123abcd",
+        },
+    ),
+    Marked(
+        name="a folder whose name XML has to escape, or cannot express",
+        task="image-to-image",
+        model={"source": "/models/<a> & \"b\" 'c' 琵琶\x01"},
+        expect={
+            "DigitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia",
+            "AISystemUsed": "/models/<a> & \"b\" 'c' 琵琶?",
+        },
+    ),
+]
+IPTC = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+
+
+@pytest.mark.parametrize("case", MARKED, ids=lambda case: case.name)
+@pytest.mark.parametrize("form", FORMATS)
+def test_xmp_says_that_a_model_made_the_image(form: str, case: Marked) -> None:
+    """Read by Pillow and a parser of XML, in files whose pixels and bytes do not change for it."""
+    image = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=numpy.uint8))
+    about = About({"task": case.task, "model": case.model, "adapters": []}, "here")
+    plain, marked, again = (
+        encode(image, settings(format=form, metadata=metadata), SAMPLE, about) for metadata in ([], ["xmp"], ["xmp"])
+    )
+    assert marked == again
+    opened = Image.open(io.BytesIO(marked))
+    assert numpy.array_equal(numpy.asarray(opened), numpy.asarray(Image.open(io.BytesIO(plain))))
+    description = ElementTree.fromstring(opened.info["xmp"]).find(f"{RDF}RDF/{RDF}Description")
+    assert description is not None
+    found = dict(description.attrib)
+    assert found.pop(f"{RDF}about") == ""
+    assert found.pop("{http://ns.adobe.com/xap/1.0/}CreatorTool") == f"Luthier {version('luthier')}"
+    assert found == {IPTC + name: value for name, value in case.expect.items()}
+
+
+def test_each_task_that_makes_images_says_how_a_model_takes_part() -> None:
+    assert set(SOURCE_TYPES) == {name for name, task in GENERATION_TASKS.items() if task.settings == "image"}
 
 
 def test_a_jpeg_has_no_room_for_prompts_of_any_length() -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import numpy
 from PIL import ExifTags
@@ -42,13 +45,26 @@ FORMATS: Mapping[str, ImageFormat] = {
 EXIF_BYTES = 65_000  # of a JPEG, whose segment for it ends at 64 KiB
 XMP_CHUNK = "XML:com.adobe.xmp"
 """Keyword of the chunk of a PNG that holds XMP."""
-XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    b'<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
-    b' Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
-    b"</rdf:RDF></x:xmpmeta>"
+XMP_SPACES = {
+    "x": "adobe:ns:meta/",
+    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+}
+"""Prefix → namespace, of what is written as XMP."""
+SOURCE_TYPES: Mapping[str, str] = {
+    "text-to-image": "trainedAlgorithmicMedia",
+    "image-to-image": "compositeWithTrainedAlgorithmicMedia",
+}
+"""Task → how a model takes part in its images, by the codes of IPTC (DigitalSourceType)."""
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""A character that XML cannot express."""
+PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>',  # the same in every packet, by the specification
+    '<?xpacket end="w"?>',
 )
-"""Says that a trained model has made the image."""
+"""What stands before and after XMP, by which it is found in a file of any format."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ def encode(image: Image, settings: ImageSettings, sample: Sample, about: About) 
         "luthier": as_json(sample, about) if "luthier" in settings.metadata else "",
     }
     given = {name: text for name, text in texts.items() if text}
-    xmp = XMP if "xmp" in settings.metadata else b""
+    xmp = xmp_packet(about) if "xmp" in settings.metadata else b""
     if settings.format == "png":
         return png(numpy.asarray(image), _png_chunks(given, xmp))
     options = FORMATS[settings.format].options | _segments(given, xmp)
@@ -105,6 +121,28 @@ def _segments(texts: Mapping[str, str], xmp: bytes) -> dict[str, Any]:
         comment = b"UNICODE\0" + texts["parameters"].encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     return ({"exif": exif.tobytes()} if texts else {}) | ({"xmp": xmp} if xmp else {})
+
+
+def xmp_packet(about: About) -> bytes:
+    """Return the XMP of an image: that a model has made it or a part of it, which one, and with which program.
+
+    It has no time, so that the same image has the same bytes.
+    """
+    model = about.settings["model"]
+    facts = {
+        "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE + SOURCE_TYPES[about.settings["task"]],
+        "Iptc4xmpExt:AISystemUsed": model["source"],
+        "Iptc4xmpExt:AISystemVersionUsed": model.get("revision"),
+        "xmp:CreatorTool": f"Luthier {version('luthier')}",
+    }
+    spaces = {prefix: f'xmlns:{prefix}="{space}"' for prefix, space in XMP_SPACES.items()}
+    listed = " ".join(f"{name}={quoteattr(NO_XML.sub('?', str(value)))}" for name, value in facts.items() if value)
+    begin, end = PACKET
+    return (
+        f"{begin}<x:xmpmeta {spaces['x']}><rdf:RDF {spaces['rdf']}>"
+        f'<rdf:Description rdf:about="" {spaces["xmp"]} {spaces["Iptc4xmpExt"]} {listed}/>'
+        f"</rdf:RDF></x:xmpmeta>{end}"
+    ).encode()
 
 
 def as_json(sample: Sample, about: About) -> str:
