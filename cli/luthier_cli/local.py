@@ -199,8 +199,9 @@ def paths_in(spec: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     for i, adapter in enumerate(spec.get("adapters", [])):
         if "path" in adapter:
             found.append((f"spec.adapters[{i}].path", adapter, "path"))
-    if "path" in spec.get("image", {}).get("refiner", {}):
-        found.append(("spec.image.refiner.path", spec["image"]["refiner"], "path"))
+    for name in ("refiner", "safety"):
+        if "path" in spec.get("image", {}).get(name, {}):
+            found.append((f"spec.image.{name}.path", spec["image"][name], "path"))
     for i, reward in enumerate(spec.get("grpo", {}).get("rewards", [])):
         if "file" in reward:
             found.append((f"spec.grpo.rewards[{i}].file", reward, "file"))

@@ -359,9 +359,13 @@ class PreparedRecord(Prepared):
     adapter_paths: list[str] = Field(default_factory=list)
     """Folders of the adapters, or for images their files, in the order of the spec (GenerateJob)."""
     other_model_paths: list[str] = Field(default_factory=list)
-    """Folders of the models that the task uses beside its own: reward models (FineTuneJob), a refiner (GenerateJob)."""
+    """Folders of the models that the task uses beside its own: reward models (FineTuneJob); a refiner, and then
+    the model that checks images (GenerateJob).
+    """
     refiner: ResolvedSource | None = None
     """Of a GenerateJob with `image.refiner`."""
+    safety: ResolvedSource | None = None
+    """Of a GenerateJob with `image.safety`."""
     origins: list[Origin] = Field(default_factory=list)
     """What all of it was made of: what lies on the Hub has a commit instead."""
     new_tokens: list[int] = Field(default_factory=list)

@@ -276,6 +276,10 @@ ImageMetadata = Literal["parameters", "luthier", "xmp"]
 """What a file of an image says of itself."""
 
 
+ImageLabel = Annotated[str, Field(min_length=1, max_length=200)]
+"""A label of a model that classifies images."""
+
+
 class Refiner(ApiModel):
     """A second model that does the last steps of each image: exactly one of id and path."""
 
@@ -292,6 +296,37 @@ class Refiner(ApiModel):
         Rule(exactly_one("id", "path"), "refiner: set exactly one of id and path"),
         Rule(
             "!has(self.revision) || has(self.id)", "refiner.revision: only a model of the Hub has revisions; remove it"
+        ),
+    )
+
+
+class Safety(ApiModel):
+    """A model that classifies each image, and what becomes of those that it calls unsafe: exactly one of id and path.
+
+    It is one of transformers for image-classification, with safetensors, such as Falconsai/nsfw_image_detection.
+    """
+
+    id: Repository | None = None
+    """Repository on the Hub."""
+    revision: Revision | None = None
+    """Branch, tag or commit of `id`; `main` when left out. `prepare` resolves it to a commit."""
+    path: Path | None = None
+    """Folder inside the pods."""
+    labels: Annotated[Annotated[list[ImageLabel], SET], Field(min_length=1, max_length=32)]
+    """Labels of this model that mean unsafe, for example nsfw. The score of an image is the sum of their
+    probabilities.
+    """
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Score from which on an image is unsafe."""
+    policy: Literal["flag", "withhold"] = "flag"
+    """What becomes of an unsafe image. flag: it is kept, and its line says so. withhold: no file is written, and its
+    line is the record of an error, which counts as a failed row.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(exactly_one("id", "path"), "safety: set exactly one of id and path"),
+        Rule(
+            "!has(self.revision) || has(self.id)", "safety.revision: only a model of the Hub has revisions; remove it"
         ),
     )
 
@@ -353,6 +388,8 @@ class ImageSettings(ApiModel):
     write and read them. luthier: the same and more as JSON (model, adapters, versions). xmp: that a model has made it
     or a part of it (DigitalSourceType of IPTC), which one, and Luthier's version.
     """
+    safety: Annotated[Safety | None, WHOLE_JOB] = None
+    """A second model that looks at each image. Left out, no image is checked."""
     vae_tiling: Annotated[bool, WHOLE_JOB] = False
     """Whether images that are larger than those of the VAE's training are decoded in overlapping tiles. Takes less
     memory, and changes the images a little.

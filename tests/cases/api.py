@@ -2212,6 +2212,18 @@ CASES: list[Case] = [
         accepted=PICTURES | {"spec.image": {"refiner": {"id": "org/r", "revision": "main"}}},
         base=GENERATE,
     ),
+    Case(
+        message="safety: set exactly one of id and path",
+        refused=PICTURES | {"spec.image": {"safety": {"id": "org/s", "path": "/s", "labels": ["nsfw"]}}},
+        accepted=PICTURES | {"spec.image": {"safety": {"id": "org/s", "labels": ["nsfw"]}}},
+        base=GENERATE,
+    ),
+    Case(
+        message="safety.revision: only a model of the Hub",
+        refused=PICTURES | {"spec.image": {"safety": {"path": "/s", "revision": "main", "labels": ["nsfw"]}}},
+        accepted=CHANGE | {"spec.image": {"safety": {"id": "org/s", "revision": "main", "labels": ["nsfw"]}}},
+        base=GENERATE,
+    ),
     *(
         Case(
             message="image.aspectRatio: decides on width and height; remove them, or aspectRatio",
@@ -2845,15 +2857,16 @@ WRITTEN: list[Written] = [
     Written("spec.inputs.dataset.id", lambda t: {"spec.inputs": {"dataset": {"id": t}}}, *HUB_NAMES, GENERATE),
     *(
         Written(
-            f"spec.image.refiner.{name}",
-            lambda t, name=name: {
+            f"spec.image.{block}.{name}",
+            lambda t, name=name, block=block, more=more: {
                 "spec.task": "text-to-image",
-                "spec.image": {"refiner": {name: t} | ({"id": "org/r"} if name == "revision" else {})},
+                "spec.image": {block: {name: t} | ({"id": "org/r"} if name == "revision" else {}) | more},
             },
             *texts,
             GENERATE,
         )
         for name, texts in (("id", HUB_NAMES), ("path", PATHS), ("revision", REFS))
+        for block, more in (("refiner", {}), ("safety", {"labels": ["nsfw"]}))
     ),
     Written("spec.adapters[].id", lambda t: {"spec.adapters": [{"id": t}]}, *HUB_NAMES, GENERATE),
     Written(

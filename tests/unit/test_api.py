@@ -469,6 +469,7 @@ LISTS = {
         "spec.method.freeze",
         "spec.inputs.columns.carry",
         "spec.image.metadata",
+        "spec.image.safety.labels",
         "spec.text.stop",
         "spec.zeroShot.labels",
         "spec.inputs.rows[].overrides.text.stop",

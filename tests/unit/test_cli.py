@@ -439,7 +439,7 @@ def test_every_path_of_the_api_is_known() -> None:
         "GenerateJob": {
             "model": {"path": "/m"},
             "adapters": [{"path": "/a"}],
-            "image": {"refiner": {"path": "/r"}},
+            "image": {"refiner": {"path": "/r"}, "safety": {"path": "/s"}},
             "inputs": {
                 "dataset": {"files": ["/a"]},
                 "rows": [{"image": "/i", "initImage": "/j", "mask": "/k", "audio": "/l"}],

@@ -318,6 +318,7 @@ def test_stable_diffusion_1(images: Images, sd: Path, tmp_path: Path) -> None:
     found = images(ROWS[1:3], model={"path": str(tmp_path / "model")}, image={"scheduler": "default", "guidance": 4.0})
     assert notices.given() == [
         "spec.model.path: its safety checker is not used, because it replaces images by black ones; none is checked"
+        " (image.safety)"
     ]
     for line in found:
         expect = pipe(

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from trainer.generating import generate_run
+from trainer.small_checker import write_checker
 from trainer.small_sdxl import write_small_refiner
 
 from luthier_api.exitcodes import ExitCode
@@ -117,6 +118,23 @@ def test_the_refiner_is_there_too(sdxl: Path, tmp_path: Path) -> None:
     assert one
     assert both
     assert both.gpu["weights"] - one.gpu["weights"] == pytest.approx(sum(stored(refiner).values()), rel=0.01)
+
+
+def test_the_model_that_checks_images_stays_on_the_gpu(sdxl: Path, tmp_path: Path) -> None:
+    """In fp32, whatever else waits in the memory of the node."""
+    checker = write_checker(tmp_path / "checker")
+    weights = 4 * sum(weight.numel() for weight in load_file(checker / "model.safetensors").values())
+    safety = {"path": str(checker), "labels": ["nsfw"]}
+    for offload in ("none", "models", "layers"):
+        without = fit(sdxl, {"image": {"offload": offload}}).memory
+        memory = fit(sdxl, {"image": {"offload": offload, "safety": safety}}, **{"spec.image.safety": checker}).memory
+        assert without
+        assert memory
+        assert memory.gpu["weights"] - without.gpu["weights"] == weights
+        assert (
+            memory.gpu["activations"] == without.gpu["activations"]
+        )  # it looks at small images, when all else is done
+        assert memory.host_bytes - without.host_bytes == weights
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,14 @@ import torch
 
 from luthier_api.status import Memory
 from luthier_api.task_settings import ImageSettings
+from luthier_trainer.generation import safety
 from luthier_trainer.generation.flow_prompts import FLUX_TOKENS, SD3_TOKENS, flux_tokens
 from luthier_trainer.models import pipelines
 from luthier_trainer.models.memory import Setting, prepared
 from luthier_trainer.workspace.gpu_memory import CONTEXT_BYTES, FRAGMENTS, PROCESS_BYTES, WORKSPACE_BYTES
 
+CHECKER = "safety"
+"""Name of the model that checks images, among those of pipelines."""
 TOKENS = 77
 """Of a prompt that CLIP reads, or of a part of one that is longer."""
 T5_TOKENS = max(SD3_TOKENS, FLUX_TOKENS)
@@ -82,6 +85,16 @@ def parts_of(path: Path, image: ImageSettings, work: Work, field: str) -> dict[s
         )
         for name, model in models.items()
     }
+
+
+def checker_of(path: Path, image: ImageSettings) -> Part:
+    """Return the model in `path` that checks images (`image.safety`): in fp32, an image at a time."""
+    model, given = safety.rehearsed(path, image.width, image.height)
+    return Part(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        layer=0,
+        held=most_held(model, lambda model: model(**given)),
+    )
 
 
 def most_decoded(vae: Any, image: ImageSettings, work: Work, height: int, width: int) -> int:
@@ -218,7 +231,11 @@ TERMS: Mapping[str, Callable[[Mapping[str, Part]], dict[str, int]]] = {
 
 def memory_of(models: Mapping[str, Part], offload: str) -> Memory:
     """Return what the models need of a GPU, and of the memory of a node."""
-    terms = TERMS[offload](models)
+    waiting = {name: part for name, part in models.items() if name != CHECKER}
+    terms = TERMS[offload](waiting)
+    if checker := models.get(CHECKER):  # it stays on the GPU, whatever waits elsewhere
+        terms["weights"] += checker.weights
+        terms["activations"] = max(terms["activations"], checker.held)
     terms["fragments"] = math.ceil(FRAGMENTS * terms["activations"])
     terms |= {"workspace": WORKSPACE_BYTES, "context": CONTEXT_BYTES}
     host = PROCESS_BYTES["gpu"] + sum(part.weights for part in models.values())

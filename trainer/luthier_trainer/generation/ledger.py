@@ -33,7 +33,7 @@ from luthier_trainer.generation.progress import (
     parse,
     shown,
 )
-from luthier_trainer.generation.records import Line, RecordForm, digest
+from luthier_trainer.generation.records import UNSAFE, Line, RecordForm, digest
 from luthier_trainer.generation.result import ShardResult, link, shard_name
 from luthier_trainer.generation.samples import Output, Unusable
 from luthier_trainer.generation.scores import numbers_of
@@ -82,8 +82,8 @@ class Shard:
         """Number → output, of those that are in the journal."""
         self.resumed: frozenset[int] = frozenset()
         """Numbers of those that an earlier attempt has left there."""
-        self.done = self.failed = 0
-        """Number of outputs that are there, errors included, and of those that cannot be made."""
+        self.done = self.failed = self.unsafe = 0
+        """Number of outputs that are there, errors included, of those that cannot be made, and of unsafe images."""
         self.sums: Sums = {}
         """Sums over those that were compared with references."""
         self.first_error: str | None = None
@@ -143,7 +143,7 @@ class Shard:
         taken = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
         self.attempt = max([before, *taken]) + 1
         self.done, self.failed, self.first_error = self.state.outputs, self.state.failed, self.state.first_error
-        self.sums = sums.read(self.state.sums)
+        self.unsafe, self.sums = self.state.unsafe, sums.read(self.state.sums)
         self.files.mkdir()  # fails if another pod has just begun the same attempt
         for number, line in kept:
             if name := self.records.file(line):
@@ -228,10 +228,12 @@ class Shard:
         """Count the line of an output as pending."""
         error = None if line["error"] is None else f"row {line['row']}: {line['error']}"
         numbers = numbers_of(self.settings["task"], line)
-        self.pending[number] = Pending(encode(line), error, numbers)
+        unsafe = bool(line.get(UNSAFE))
+        self.pending[number] = Pending(encode(line), error, unsafe, numbers)
         self.sums = sums.added(self.sums, numbers)
         self.done += 1
         self.failed += error is not None
+        self.unsafe += unsafe
         self.first_error = self.first_error or error
         self.state = replace(self.state, kind=merged(self.state.kind, kind_of(line)))
 
@@ -297,6 +299,7 @@ class Shard:
             sums=sums.written(total),
             pieces=tuple(pieces.values()),
             failed=self.state.failed + len(errors),
+            unsafe=self.state.unsafe + sum(item.unsafe for item in segment),
             first_error=self.state.first_error or next(iter(errors), None),
         )
         entry = {"end": pieces[self.attempt].size, "size": len(text), "sha256": digest(text)}

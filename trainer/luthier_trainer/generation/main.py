@@ -32,7 +32,7 @@ from luthier_trainer.generation.exports.table import deliver
 from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.overrides import with_overrides
 from luthier_trainer.generation.poison import Poisoned
-from luthier_trainer.generation.result import failed_outputs, total_sums
+from luthier_trainer.generation.result import UNSAFE_ROWS, counted, failed_outputs, total_sums
 from luthier_trainer.generation.rows import Samples, span_of_shard
 from luthier_trainer.generation.samples import Output, Sample
 from luthier_trainer.generation.scores import ROWS, SCORED, metrics_of
@@ -114,6 +114,8 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
             "seconds": round(seconds, 3),
             "rowsPerSecond": round((len(span) - before) / seconds, 4),
         }
+        if spec.image and spec.image.safety:
+            metrics[UNSAFE_ROWS] = shard.unsafe
         if scored := shard.sums.get(ROWS):
             metrics[SCORED] = int(scored)
         shard.finish(metrics)
@@ -124,6 +126,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     told = f"; {failed} cannot be made, first: {shard.first_error}" if shard.first_error else ""
     total = total_sums(folder, spec.shards, shard.settings)
     if total is not None:  # all shards are complete
+        report_unsafe(run, folder, outputs)
         deliver(run, record, folder, index)
         metrics = {**metrics, **scores(run, folder, total, outputs)}
     return ending(ExitCode.COMPLETED, f"{len(span) - failed} outputs{told}", started, metrics=metrics)
@@ -147,6 +150,31 @@ def scores(run: GenerateRun, folder: WorkspaceFolder, total: Sums, outputs: int)
     return found
 
 
+def report_unsafe(run: GenerateRun, folder: WorkspaceFolder, outputs: int) -> None:
+    """Give a notice of the images of the whole job that are unsafe, all of whose shards are complete.
+
+    Raises Failure if all images that could be made are withheld.
+    """
+    safety = run.spec.image.safety if run.spec.image else None
+    unsafe = counted(folder, run.spec.shards, UNSAFE_ROWS) if safety else 0
+    if not safety or not unsafe:
+        return
+    if safety.policy == "withhold" and failed_outputs(folder, run.spec.shards) == outputs:
+        raise Failure(
+            ExitCode.INVALID_DATASET,
+            f"spec.image.safety: no image is left: {unsafe} of {outputs} are withheld, and no other can be made. Look"
+            " at unsafeScore in their lines; raise threshold, or set policy: flag",
+        )
+    what = {"flag": "kept, with unsafe: true in their lines", "withhold": "withheld, and count as failed rows"}
+    notice(f"spec.image.safety: {unsafe} of {outputs} images are unsafe; they are {what[safety.policy]}")
+
+
+def withheld(run: GenerateRun, shard: Shard) -> int:
+    """Return the number of images of a shard that were made, and count as failed because they are unsafe."""
+    safety = run.spec.image.safety if run.spec.image else None
+    return shard.unsafe if safety and safety.policy == "withhold" else 0
+
+
 def work(
     run: GenerateRun,
     record: PreparedRecord,
@@ -162,13 +190,13 @@ def work(
     """
     # If all outputs of this shard failed, the rows of other shards are tried: the job fails only if no row can be made,
     # independent of how the rows are divided into shards.
-    if not shard.span or (shard.done == len(shard.span) and shard.failed < shard.done):
+    if not shard.span or (shard.done == len(shard.span) and shard.failed - withheld(run, shard) < shard.done):
         return True
     engine = engine_class(run.spec.task).load(run, record, hardware, batch_size)
     left = (s for s in samples.between(shard.first_left, shard.span.stop) if not shard.is_there(s.number))
     if not make(engine, shard, left, telemetry, run.spec.max_failed_rows):
         return False
-    if shard.failed == len(shard.span):
+    if shard.failed - withheld(run, shard) == len(shard.span):
         others = (range(shard.span.start), range(shard.span.stop, record.dataset.outputs or 0))
         found = (problem_of(engine, s) for other in others for s in samples.between(other.start, other.stop))
         if all(problem is not None for problem in found):

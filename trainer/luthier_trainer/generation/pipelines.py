@@ -50,7 +50,8 @@ def check(
     if spec.image.strength is not None:
         check_strength("text_encoder_2" in models, spec.image)
     if (index.get("safety_checker") or [None])[0]:
-        notice(f"{field}: its safety checker is not used, because it replaces images by black ones; none is checked")
+        instead = "image.safety checks them" if spec.image.safety else "none is checked (image.safety)"
+        notice(f"{field}: its safety checker is not used, because it replaces images by black ones; {instead}")
     readers = family.prompts.readers_of(pipelines.read_tokenizers(path, index, field), denoiser)
     report_refused(readers, rows, spec.image)
     family.check_scheduler(spec.image, pipelines.read_scheduler(path, index, field))

@@ -37,6 +37,7 @@ class State:
 
     pieces: tuple[Piece, ...] = ()
     failed: int = 0
+    unsafe: int = 0
     first_error: str | None = None
     kind: Kind = field(default_factory=dict)
     """Types of the columns, as far as lines have shown them."""
@@ -61,6 +62,8 @@ class Pending:
     text: bytes
     """Its line."""
     error: str | None
+    unsafe: bool
+    """Whether it is an image that was found unsafe."""
     numbers: Numbers
     """What comparing it with its reference gives; nothing without one."""
 

@@ -19,6 +19,9 @@ from luthier_trainer.workspace.manifest import place_file, sha256
 
 Line = dict[str, Any]
 
+SCORE, UNSAFE = "unsafeScore", "unsafe"
+"""Keys of images: the score of `image.safety`, and whether that is at least the threshold. Null if there is none."""
+
 # Number of rows, and of samples per row, whose files share a folder: the Hub wants fewer than 10,000 files in each.
 FOLDER_ROWS, FOLDER_SAMPLES = 1000, 8
 # Threads that read files in parallel: hashlib releases the GIL, and a network volume answers many requests as fast as

@@ -120,6 +120,8 @@ class ShardResult:
         listed.unlink()
 
 
+UNSAFE_ROWS = "unsafeRows"
+"""Metric of a shard: images that `image.safety` has found unsafe, also those that are withheld."""
 SUMMARY = "summary.json"
 """What the end of a shard's name in `shards/` is of the file that says how it ended."""
 
@@ -143,11 +145,16 @@ def total_sums(folder: WorkspaceFolder, count: int, settings: dict[str, Any]) ->
 
 def failed_outputs(folder: WorkspaceFolder, count: int) -> int:
     """Return the number of outputs that cannot be made, of all shards that are complete."""
+    return counted(folder, count, "failedRows")
+
+
+def counted(folder: WorkspaceFolder, count: int, metric: str) -> int:
+    """Return the sum of a metric that counts outputs, over all shards that are complete."""
     total = 0
     for i in range(count):
         with suppress(FileNotFoundError):
             summary = json.loads((folder.shards / f"{shard_name(i, count)}.{SUMMARY}").read_bytes())
-            total += int(summary["metrics"]["failedRows"])
+            total += int(summary["metrics"][metric])
     return total
 
 

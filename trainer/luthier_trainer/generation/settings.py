@@ -34,6 +34,7 @@ def settings(run: GenerateRun, record: PreparedRecord, hardware: Hardware, batch
         "model": record.model.dump(),
         "adapters": adapters,
         **({"refinerModel": record.refiner.dump()} if record.refiner else {}),
+        **({"safetyModel": record.safety.dump()} if record.safety else {}),
         **({"quantization": spec.model.quantization.type} if spec.model.quantization else {}),
         "precision": hardware.precision,
         "batchSize": batch_size,

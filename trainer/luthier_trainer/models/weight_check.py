@@ -138,10 +138,13 @@ def lacking(found: Comparison, task: str) -> list[str]:
     return missing + mismatched
 
 
-def check_head(path: Path, config: PreTrainedConfig, task: str, brought: Collection[str], field: str) -> None:
+def check_head(
+    path: Path, config: PreTrainedConfig, task: str, brought: Collection[str], field: str, takes_adapters: bool = True
+) -> None:
     """Check that the files hold each weight of the model for `task`, or that it is in `brought`, by an adapter.
 
-    Raises Failure if a weight would be initialised randomly.
+    `takes_adapters`: whether the job could name such an adapter for this model. Raises Failure if a weight would be
+    initialised randomly.
     """
     found = compare(weight_files.shapes(weight_files.loaded(path, field)), config, task, field)
     lost = {*found.missing, *(name for name, _, _ in found.mismatched)} - set(brought)
@@ -151,10 +154,11 @@ def check_head(path: Path, config: PreTrainedConfig, task: str, brought: Collect
         # Heads of different tasks can have the same names and shapes, and would be loaded one for the other.
         lost |= {name for name in found.model.state_dict() if has_labels(found.model, name)} - set(brought)
     if lost:
+        remedy = ", or add the adapter of such a training under spec.adapters" if takes_adapters else ""
         raise Failure(
             ExitCode.INVALID_SPEC,
             f"{field}: {path} ({made_for}) has no head for {task}: it holds no {some(sorted(lost))}. Choose a model"
-            " that was trained for it, or add the adapter of such a training under spec.adapters",
+            f" that was trained for it{remedy}",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SYSTEM_ROLES = ("system", "developer")  # roles of a message that says how to answer
-MODEL, CHAT, REFINER = "spec.model", "spec.text.chat", "spec.image.refiner"
+MODEL, CHAT, REFINER, SAFETY = "spec.model", "spec.text.chat", "spec.image.refiner", image_plan.SAFETY
 TOKENIZER = "tokenizer_config.json"  # where transformers saves the class of a tokenizer
 ROWS = "rows.jsonl"  # the prepared rows
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers saves the template of a tokenizer
@@ -70,18 +70,20 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
             adapter.parent if found[i].file else adapter, spec.adapters[i].job, found[i].field, run, located, path
         )
     fields = [adapter.field for adapter in found]
-    refiner = locate_refiner(run)
-    refiner_path = refiner.fetch(folder.prepared / "refiner") if refiner else None
+    beside = {field: (source, source.fetch(folder.prepared / name)) for field, name, source in locate_beside(run)}
+    beside_paths = {field: fetched for field, (_, fetched) in beside.items()}
     parameters = CHECKED_TOGETHER[library](path, spec, list(zip(paths, fields, strict=True)), rows, located.field)
-    if refiner_path:
-        parameters = (parameters or 0) + check_refiner(refiner_path, path, spec)
+    if REFINER in beside:
+        parameters = (parameters or 0) + check_refiner(beside_paths[REFINER], path, spec)
+    if SAFETY in beside:
+        parameters = (parameters or 0) + check_safety(beside_paths[SAFETY], spec, folder)
 
     if reads_texts(spec):
         check_tokens(path, spec, located.field, list(zip(paths, fields, strict=True)), rows, folder)
     render = chat_writer(paths, folder, spec.text.system_prompt) if is_chat(run) else unchanged
     if spec.image:
         render = size_writer(path, spec.image, located.field)
-    others = (located, *found, *([refiner] if refiner else []))
+    others = (located, *found, *(source for source, _ in beside.values()))
     target = folder.prepared / ROWS
     written = write_rows(run, rows, target, render)
     report_idle_shards(spec, written.outputs)
@@ -94,24 +96,32 @@ def prepare(run: GenerateRun, folder: WorkspaceFolder, cache: Path) -> PreparedR
         model=located.resolved,
         dataset=inputs.model_copy(update={"rows": written.rows, "outputs": written.outputs}),
         adapters=[a.resolved for a in found],
-        plan=PLANNED[library](run, plan, path, refiner_path, prepared_rows.read(target)),
+        plan=PLANNED[library](run, plan, path, beside_paths, prepared_rows.read(target)),
         model_path=str(path),
         adapter_paths=[str(p) for p in paths],
-        other_model_paths=[str(refiner_path)] if refiner_path else [],
-        refiner=refiner.resolved if refiner else None,
+        other_model_paths=[str(fetched) for fetched in beside_paths.values()],
+        refiner=beside[REFINER][0].resolved if REFINER in beside else None,
+        safety=beside[SAFETY][0].resolved if SAFETY in beside else None,
         origins=[*(origin for source in others for origin in source.origins), *read],
         dataset_path=str(target),
         rows_sha256=written.sha256,
     )
 
 
-def locate_refiner(run: GenerateRun) -> sources.Located | None:
-    """Return where the refiner of `image.refiner` is; None if the job has none."""
-    given = run.spec.image.refiner if run.spec.image else None
-    if given is None:
-        return None
-    source = ModelSource(id=given.id, revision=given.revision, path=given.path)
-    return sources.locate(source, run, REFINER)
+def locate_beside(run: GenerateRun) -> Iterator[tuple[str, str, sources.Located]]:
+    """Yield field and folder of each model that images need beside their own, and where it is; first the refiner."""
+    for field, name in ((REFINER, "refiner"), (SAFETY, "safety")):
+        given = getattr(run.spec.image, name) if run.spec.image else None
+        if given is not None:
+            source = ModelSource(id=given.id, revision=given.revision, path=given.path)
+            yield field, name, sources.locate(source, run, field)
+
+
+def check_safety(path: Path, spec: GenerateJobSpec, folder: WorkspaceFolder) -> int:
+    """Return the number of weights of the model that checks images. Raises Failure if it cannot."""
+    from luthier_trainer.generation import safety  # imports torch
+
+    return safety.check(path, spec.image, folder)
 
 
 def check_refiner(refiner: Path, base: Path, spec: GenerateJobSpec) -> int:
@@ -479,17 +489,17 @@ CHECKED_TOGETHER: Mapping[
 """Library → the function that checks model and adapters together and returns the number of weights."""
 
 
-def plan_answers(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
+def plan_answers(run: GenerateRun, plan: Plan, path: Path, beside: Mapping[str, Path], rows: Iterable[Line]) -> Plan:
     """Return `plan` with what the model needs of the GPU. Raises Failure if that is more than it has."""
     return answer_plan.fitted(run, plan, path, WorkspaceFolder(Path(run.workspace)).prepared / ROWS)
 
 
-def plan_images(run: GenerateRun, plan: Plan, path: Path, refiner: Path | None, rows: Iterable[Line]) -> Plan:
+def plan_images(run: GenerateRun, plan: Plan, path: Path, beside: Mapping[str, Path], rows: Iterable[Line]) -> Plan:
     """Return `plan` fitted to the memory of the GPU. Raises Failure if nothing fits."""
-    return image_plan.fitted(run, plan, {MODEL: path} | ({REFINER: refiner} if refiner else {}), rows)
+    return image_plan.fitted(run, plan, {MODEL: path, **beside}, rows)
 
 
-PLANNED: Mapping[str, Callable[[GenerateRun, Plan, Path, Path | None, Iterable[Line]], Plan]] = {
+PLANNED: Mapping[str, Callable[[GenerateRun, Plan, Path, Mapping[str, Path], Iterable[Line]], Plan]] = {
     "transformers": plan_answers,
     "diffusers": plan_images,
 }

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 SHOWN = 200  # characters of a message of another library
 AUTO, NONE = "auto", "none"
+SAFETY = "spec.image.safety"
 
 
 def fitted(run: GenerateRun, plan: Plan, paths: Mapping[str, Path], rows: Iterable[Mapping[str, Any]]) -> Plan:
     """Return `plan` with what the images need of the GPU, and what waits elsewhere so that they fit.
 
-    `paths`: field of the spec → pipeline. Raises Failure(DOES_NOT_FIT) if nothing helps.
+    `paths`: field of the spec → pipeline, or the model that checks images. Raises Failure(DOES_NOT_FIT) if nothing
+    helps.
     """
     spec = run.spec
     asked = spec.image.offload
@@ -77,7 +79,7 @@ def largest(spec: GenerateJobSpec, rows: Iterable[Mapping[str, Any]]) -> tuple[i
 
 def measured(spec: GenerateJobSpec, plan: Plan, paths: Mapping[str, Path], size: tuple[int, int]) -> dict[str, Part]:
     """Return the models of all pipelines, by names, with what each needs."""
-    from luthier_trainer.generation.image_memory import Work, parts_of
+    from luthier_trainer.generation.image_memory import CHECKER, Work, checker_of, parts_of
     from luthier_trainer.runtime.devices import DTYPES
 
     # Precision auto is one of 16 bits on every GPU. Those that have no bf16 hold as much.
@@ -85,7 +87,10 @@ def measured(spec: GenerateJobSpec, plan: Plan, paths: Mapping[str, Path], size:
     work = Work(batch_of(spec, plan), *size, spec.image.guidance > 1, dtype, encodes=spec.image.strength is not None)
     found: dict[str, Part] = {}
     for i, (field, path) in enumerate(paths.items()):
-        found |= {f"{name}{i or ''}": part for name, part in parts_of(path, spec.image, work, field).items()}
+        if field == SAFETY:
+            found[CHECKER] = checker_of(path, spec.image)
+        else:
+            found |= {f"{name}{i or ''}": part for name, part in parts_of(path, spec.image, work, field).items()}
     return found
 
 

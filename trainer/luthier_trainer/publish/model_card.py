@@ -23,6 +23,7 @@ from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.tasks import GENERATION_TASKS, TASKS, TRAINING_TASKS, TaskInfo
 from luthier_api.trackers import TRACKERS
 from luthier_api.workspace import DATA_REPORT, MANIFEST, METRICS_FILE, WorkspaceFolder
+from luthier_trainer.generation.result import UNSAFE_ROWS
 from luthier_trainer.generation.scores import ROWS, metrics_of
 from luthier_trainer.models import quantised_base
 from luthier_trainer.models.embedding import tokens_of_adapter
@@ -284,12 +285,16 @@ class Quantised:
         )
 
 
+COUNTS = ("rows", "failedRows", UNSAFE_ROWS)
+"""Metrics of shards of which a card tells the sum."""
+
+
 def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> str:
     """Return the README of a dataset of generated outputs."""
     spec = run.spec
     repo = (spec.hub and spec.hub.repo) or run.name
     manifests = [json.loads(path.read_text()) for path in sorted(result.glob(f"shard-*.{MANIFEST}"))]
-    metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in ("rows", "failedRows")}
+    metrics = {name: sum(manifest["metrics"].get(name, 0) for manifest in manifests) for name in COUNTS}
     total = reduce(sums.added, (sums.read(manifest.get("sums", {})) for manifest in manifests), sums.read({}))
     titles = {metric.name: metric.title for metric in GENERATION_TASKS[spec.task].metrics}
     scores = {titles[name]: f"{value:.6g}" for name, value in metrics_of(spec.task, total).items()}
@@ -306,6 +311,7 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
         "Inputs": f"{source(prepared.dataset.source, prepared.dataset.revision)}, {prepared.dataset.rows} rows",
         "Outputs": f"{metrics['rows']:g}",
         "Of them failed": f"{metrics['failedRows']:g}" if metrics["failedRows"] else None,
+        "Of them unsafe": f"{metrics[UNSAFE_ROWS]:g}" if spec.image and spec.image.safety else None,
         "Seed": spec.seed,
         **spec.settings.dump(),
     }

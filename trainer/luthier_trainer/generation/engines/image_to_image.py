@@ -20,14 +20,14 @@ from luthier_trainer.generation.guidance import guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.pictures import Pictures
 from luthier_trainer.generation.pipelines import check_strength
-from luthier_trainer.generation.records import ImageRecords, keys_of
+from luthier_trainer.generation.records import SCORE, UNSAFE, ImageRecords, keys_of
 from luthier_trainer.generation.samples import Sample
 
 
 class ImageToImageEngine(ImageEngine):
     """Makes images of others, `batch_size` at a time."""
 
-    records = ImageRecords(keys=keys_of("image-to-image", ("file_name", "size")))
+    records = ImageRecords(keys=keys_of("image-to-image", ("file_name", "size", SCORE, UNSAFE)))
     pictures: Pictures
     whole: Any
     """The pipeline that changes images as a whole."""

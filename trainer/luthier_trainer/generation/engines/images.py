@@ -28,8 +28,9 @@ from luthier_trainer.generation.families import FAMILIES
 from luthier_trainer.generation.guidance import guided_within
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.prompts import Prompts
-from luthier_trainer.generation.records import ImageRecords, line_keys
+from luthier_trainer.generation.records import SCORE, UNSAFE, ImageRecords, line_keys
 from luthier_trainer.generation.refiner import RefiningModel
+from luthier_trainer.generation.safety import SafetyChecker
 from luthier_trainer.generation.samples import Output, Sample, Unusable, padded
 from luthier_trainer.generation.schedulers import eta
 from luthier_trainer.generation.settings import settings
@@ -42,16 +43,20 @@ from luthier_trainer.runtime.heartbeat import beat
 class ImageEngine(Batched):
     """Makes images, `batch_size` at a time, with the pipeline in `model_path` and the adapters of the spec."""
 
-    records = ImageRecords(keys=line_keys("prompt", "negativePrompt", "file_name", "size"))
+    records = ImageRecords(keys=line_keys("prompt", "negativePrompt", "file_name", "size", SCORE, UNSAFE))
 
     @classmethod
     def load(cls, run: GenerateRun, prepared: PreparedRecord, hardware: Hardware, batch_size: int) -> Self:
         """Return the engine with its pipeline on the device. Raises Failure if it or an adapter cannot be loaded."""
         adapters = [Path(path) for path in prepared.adapter_paths]
         about = About(settings(run, prepared, hardware, batch_size), hardware.environment)
-        refiner = Path(prepared.other_model_paths[0]) if prepared.refiner else None
+        others = map(Path, prepared.other_model_paths)
+        refiner = next(others) if prepared.refiner else None
         offload = prepared.plan.offload or "none"
-        return cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size, about, refiner, offload)
+        engine = cls(run.spec, Path(prepared.model_path), adapters, hardware, batch_size, about, refiner, offload)
+        if safety := run.spec.image.safety:
+            engine.checker = SafetyChecker(next(others), safety, hardware.device)
+        return engine
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class ImageEngine(Batched):
         self.refiner: RefiningModel | None = None
         if refiner:
             self.refiner = RefiningModel(refiner, spec.image, hardware.device, hardware.dtype, offload)
+        self.checker: SafetyChecker | None = None
         self.pipes = [pipe, *([self.refiner.pipe] if self.refiner else [])]
 
     def problem(self, sample: Sample) -> str | None:
@@ -171,10 +177,20 @@ class ImageEngine(Batched):
         return self.refiner.refined(latents, batch, more) if self.refiner else latents
 
     def output(self, sample: Sample, latent: torch.Tensor) -> Output:
-        """Return the output of a latent, [1, channels, height, width]. Only what runs on the device is done here."""
-        pixels = self.decode(latent)
-        file = partial(self.file, sample, as_bytes(pixels), torch.isfinite(pixels).all())
-        return Output(sample, file=file, suffix=FORMATS[image_settings(sample).format].suffix)
+        """Return the output of a latent, [1, channels, height, width]. Only what runs on the device is done here, and
+        the check of the image, if the job has one.
+        """
+        decoded = self.decode(latent)
+        pixels, finite = as_bytes(decoded), torch.isfinite(decoded).all()
+        suffix = FORMATS[image_settings(sample).format].suffix
+        facts: dict[str, Any] = {}
+        if self.checker and finite.item():
+            pixels = pixels.cpu()
+            score = self.checker.score(Image.fromarray(pixels.numpy()))
+            facts = {SCORE: score, UNSAFE: self.checker.is_unsafe(score)}
+            if problem := self.checker.problem(score):
+                return Output(sample, facts, error=problem)
+        return Output(sample, facts, file=partial(self.file, sample, pixels, finite), suffix=suffix)
 
     def file(self, sample: Sample, pixels: torch.Tensor, finite: torch.Tensor) -> bytes:
         """Return the file of an image, uint8 [height, width, 3]. Raises Unusable if it is not `finite`."""
