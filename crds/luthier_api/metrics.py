@@ -92,6 +92,10 @@ HEARTBEAT_AGE = Metric(
 )
 GENERATE_ROWS = Metric("luthier_generate_rows", "Outputs that lie in the workspace, those of earlier attempts included")
 GENERATE_FAILED_ROWS = Metric("luthier_generate_failed_rows", "Of these outputs, those that are the record of an error")
+GENERATE_UNSAFE_ROWS = Metric(
+    "luthier_generate_unsafe_rows",
+    "Of these outputs, images that image.safety has found unsafe; only with image.safety",
+)
 GENERATE_MAX_ROWS = Metric("luthier_generate_max_rows", "Outputs that this shard has to write")
 GENERATE_ROWS_PER_SECOND = Metric("luthier_generate_rows_per_second", "Outputs a second in this attempt")
 GENERATE_SCORED_ROWS = Metric(
@@ -137,6 +141,7 @@ POD_METRICS: tuple[Metric, ...] = (
     HEARTBEAT_AGE,
     GENERATE_ROWS,
     GENERATE_FAILED_ROWS,
+    GENERATE_UNSAFE_ROWS,
     GENERATE_MAX_ROWS,
     GENERATE_ROWS_PER_SECOND,
     GENERATE_SCORED_ROWS,

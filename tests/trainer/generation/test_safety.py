@@ -13,25 +13,30 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from trainer.generating import generate_run, generate_shards, result_lines
+from trainer.generating import generate_run, generate_shards, result_lines, sample
 from trainer.small_checker import LABELS, write_checker
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from luthier_api.exitcodes import ExitCode
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation import ledger
+from luthier_trainer.generation.engines.images import ImageEngine
+from luthier_trainer.generation.ledger import Shard
 from luthier_trainer.generation.result import UNSAFE_ROWS
+from luthier_trainer.generation.samples import Output
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.publish.model_card import dataset_card
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
+from luthier_trainer.runtime.telemetry import Telemetry
 from luthier_trainer.workspace.prepared import read_prepared
 
 # diffusers and numpy 2 talk about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ROWS = [{"prompt": prompt} for prompt in ("a lute on a bench", "two lutes", "a workshop", "strings", "a bridge")]
-SMALL = {"width": 32, "height": 32, "steps": 1, "scheduler": "euler"}
+SMALL = {"width": 32, "height": 32, "steps": 2, "scheduler": "euler"}
 UNSAFE = ["nsfw", "gore"]
 
 
@@ -72,11 +77,16 @@ def plain_scores(checker: Path, files: list[Path]) -> list[float]:
     return found
 
 
-def test_scores_flags_and_what_is_withheld(job: Callable[..., Job], checker: Path) -> None:
+def test_scores_flags_and_what_is_withheld(
+    job: Callable[..., Job], checker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For any shards, batches and neighbours. With `flag` there are the same images as without a check."""
+    served: dict[str, float] = {}
+    monkeypatch.setattr(Telemetry, "set", lambda self, metric, value, *labels: served.update({metric.name: value}))
     unchecked, _, before, card = job(None)
     assert all(line["unsafeScore"] is None and line["unsafe"] is None for line in unchecked)
     assert "Of them unsafe" not in card
+    assert "luthier_generate_unsafe_rows" not in served
     files = [before / "shard-00000-of-00001" / line["file_name"] for line in unchecked]
     expect = plain_scores(checker, files)
     assert max(expect) - min(expect) > 1e-3
@@ -89,6 +99,7 @@ def test_scores_flags_and_what_is_withheld(job: Callable[..., Job], checker: Pat
     assert [line["unsafe"] for line in flagged] == [score >= threshold for score in expect]
     assert [line["error"] for line in flagged] == [None] * len(ROWS)
     assert (metrics[0][UNSAFE_ROWS], metrics[0]["failedRows"]) == (3, 0)
+    assert served["luthier_generate_unsafe_rows"] == 3
     assert "spec.image.safety: 3 of 5 images are unsafe; they are kept, with unsafe: true in their lines" in told
     assert "| Of them unsafe | 3 |" in card
     for line, file in zip(flagged, files, strict=True):
@@ -113,6 +124,38 @@ def test_a_job_without_an_image_that_is_left_fails(job: Callable[..., Job], shar
     with pytest.raises(Failure, match=r"^spec\.image\.safety: no image is left: 2 of 2 are withheld") as failure:
         job({"threshold": 1e-6, "policy": "withhold"}, ROWS[:2], shards=shards)
     assert failure.value.code is ExitCode.INVALID_DATASET
+
+
+def test_images_of_images_are_checked(job: Callable[..., Job], checker: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (20, 120, 60)).save(tmp_path / "start.png")
+    row = {"prompt": "a lute", "initImage": str(tmp_path / "start.png")}
+    lines, _, result, _ = job({}, [row], task="image-to-image")
+    expect = plain_scores(checker, list(result.rglob("*.png")))
+    assert [line["unsafeScore"] for line in lines] == pytest.approx(expect, abs=1e-6)
+
+
+@pytest.mark.parametrize("sealed", [1, 100], ids=["in tables", "in the journal"])
+def test_an_attempt_that_resumes_counts_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: int
+) -> None:
+    monkeypatch.setattr(ledger, "SEGMENT", sealed)
+    for attempt, found in enumerate(([True, False], [True, True])):
+        shard = Shard(WorkspaceFolder(tmp_path), 0, 1, ImageEngine.records, range(4), {"task": "text-to-image"}, "here")
+        shard.resume()
+        assert shard.unsafe == attempt
+        numbers = range(2 * attempt, 2 * attempt + 2)
+        shard.append(
+            [
+                Output(
+                    sample("a lute", row=n, number=n),
+                    {"unsafe": unsafe},
+                    file=lambda: b"x",
+                    suffix="png",
+                )
+                for n, unsafe in zip(numbers, found, strict=True)
+            ]
+        )
+    assert shard.unsafe == 3
 
 
 @dataclass(frozen=True)

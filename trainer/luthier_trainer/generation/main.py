@@ -22,6 +22,7 @@ from luthier_api.metrics import (
     GENERATE_ROWS_PER_SECOND,
     GENERATE_SCORE,
     GENERATE_SCORED_ROWS,
+    GENERATE_UNSAFE_ROWS,
 )
 from luthier_api.run import FineTuneRun, GenerateRun, PreparedRecord
 from luthier_api.termination import TerminationMessage
@@ -222,6 +223,8 @@ def report(telemetry: Telemetry, shard: Shard) -> None:
     """Set the metrics of how far the shard is."""
     telemetry.set(GENERATE_ROWS, shard.done)
     telemetry.set(GENERATE_FAILED_ROWS, shard.failed)
+    if shard.settings.get("safety"):
+        telemetry.set(GENERATE_UNSAFE_ROWS, shard.unsafe)
     sums = shard.sums
     if ROWS in sums:
         telemetry.set(GENERATE_SCORED_ROWS, int(sums[ROWS]))
