@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,20 @@ def test_the_files_are_the_same_for_any_number_of_shards(
         assert plain(row["input"]) == plain(line["input"])
         if line.get("file_name"):
             assert picture.getpixel((0, 0)) == (line["row"], 0, 0)
+
+
+def test_images_keep_the_bytes_of_their_files(tmp_path: Path) -> None:
+    """With all that a file says of itself, such as how it was made."""
+    from pyarrow import parquet
+
+    expect = [png(output.sample.row) for output in IMAGES if output.file]
+    delivered(tmp_path / "p", "text-to-image", "parquet", IMAGES, 2)
+    rows = parquet.read_table(next((tmp_path / "p/result/data").glob("*.parquet"))).to_pylist()
+    assert [row["image"]["bytes"] for row in rows if row["image"]] == expect
+    delivered(tmp_path / "w", "text-to-image", "webdataset", IMAGES, 2)
+    with tarfile.open(next((tmp_path / "w/result/data").glob("*.tar"))) as archive:
+        found = [archive.extractfile(entry) for entry in archive if entry.name.endswith(".png")]
+        assert [file.read() for file in found if file] == expect
 
 
 def plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ images that are unsafe.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub.server import Running
 from PIL import Image
 from trainer.generating import generate_run, generate_shards, result_lines, sample
 from trainer.small_checker import LABELS, write_checker
@@ -19,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from luthier_api.exitcodes import ExitCode
+from luthier_api.run import GenerateRun
 from luthier_api.workspace import WorkspaceFolder
 from luthier_trainer.generation import ledger
 from luthier_trainer.generation.engines.images import ImageEngine
@@ -116,6 +119,27 @@ def test_scores_flags_and_what_is_withheld(
         assert (line["file_name"] is None) is line["unsafe"]
         assert (line["error"] or "").startswith("image.safety: withheld, because its score of 0.") is line["unsafe"]
     assert len(list(result.rglob("*.png"))) == 2
+
+
+def test_a_model_of_the_hub_is_fixed_to_a_commit(sdxl: Path, checker: Path, hub: Running, tmp_path: Path) -> None:
+    """And fetched in `prepare`, whereas one that has pickles alone is refused before."""
+    commit = hub.store.seed("model", "org/checker", checker).oid
+    pickled(copied := Path(shutil.copytree(checker, tmp_path / "pickled")))
+    hub.store.seed("model", "org/pickled", copied)
+
+    def run_with(name: str) -> GenerateRun:
+        safety = {"id": name, "labels": UNSAFE}
+        given = {"task": "text-to-image", "model": {"path": str(sdxl)}, "image": SMALL | {"safety": safety}}
+        return generate_run(tmp_path / name, ROWS[:1], **given)
+
+    prepare.main(run_with("org/checker"))
+    record = read_prepared(run_with("org/checker"))
+    assert record.safety
+    assert (record.safety.source, record.safety.revision) == ("org/checker", commit)
+    fetched = Path(record.other_model_paths[0]) / "model.safetensors"
+    assert fetched.read_bytes() == (checker / "model.safetensors").read_bytes()
+    with pytest.raises(Failure, match=r"^spec\.image\.safety\.id: model org/pickled has its weights only as pytorch_"):
+        prepare.main(run_with("org/pickled"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
