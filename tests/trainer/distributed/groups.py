@@ -19,6 +19,7 @@ from luthier_api.run import FineTuneRun
 from luthier_api.termination import TerminationMessage
 from luthier_trainer.distributed import launch
 from luthier_trainer.distributed.strategy import deepspeed_config
+from luthier_trainer.supervisor.dead_locks import remove_dead_locks
 
 TIMEOUT = 600  # of one start, on a machine that has other things to do
 BUILD_SECONDS = 900
@@ -82,18 +83,14 @@ class Group:
 
 
 def compile_operator(name: str) -> None:
+    """Compile an operator of DeepSpeed for CPU, where torch has not kept it from an earlier time."""
     load = f"from deepspeed.ops.op_builder.cpu import {name}Builder; {name}Builder().load()"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    try:
-        subprocess.run(
-            [sys.executable, "-c", load],
-            env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
-            check=True,
-            capture_output=True,
-            timeout=BUILD_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail(
-            f"DeepSpeed's {name} was not compiled within {BUILD_SECONDS} s. A build that was killed leaves a file"
-            " `lock` below ~/.cache/torch_extensions, for which the next one waits: delete it"
-        )
+    remove_dead_locks()
+    subprocess.run(
+        [sys.executable, "-c", load],
+        env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"},
+        check=True,
+        capture_output=True,
+        timeout=BUILD_SECONDS,
+    )

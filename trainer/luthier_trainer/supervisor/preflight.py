@@ -62,7 +62,7 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
 
     `install`: its folder; default: that of this Python.
 
-    Raises Failure where there are neither.
+    Raises Failure where there are neither. Where they are compiled, locks of killed processes are deleted before.
     """
     spec = find_spec("deepspeed")
     folder = install or Path(next(iter((spec and spec.submodule_search_locations) or ["/"])))
@@ -77,3 +77,6 @@ def check_operators(strategy: str, accelerator: str, install: Path | None = None
             " there is no C++ compiler to make them. Use a trainer image that was built with"
             f" DS_ACCELERATOR={accelerator}, or another strategy",
         )
+    from luthier_trainer.supervisor.dead_locks import remove_dead_locks  # psutil: 20 ms that few jobs need
+
+    remove_dead_locks()
