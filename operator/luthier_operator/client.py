@@ -50,6 +50,8 @@ GATHER_SECONDS = 0.05
 """After a watch has delivered events it rests for so long. To receive one event costs several times as much as to read
 it, and a burst of jobs has thousands. No change of a child is acted on sooner than after 0.1 s (`settling`).
 """
+GATHER_LIMIT = 0.2
+"""A watch that has new events after each rest rests for longer and longer, up to so long."""
 TOO_MANY_ATTEMPTS = 5  # of one request that is answered with 429; after them the back-off of the queue applies
 REFUSALS = {"FailedCreate", "JobCreationFailed"}  # Events of the Job controller and of JobSet about what was refused
 RETRY_AFTER = 1.0  # seconds, if a 429 has no Retry-After
@@ -237,12 +239,15 @@ class Client:
                 if response.status != 200:
                     answer = read_answer(await response.read())
                     raise ApiError(response.status, answer.get("reason", ""), answer.get("message", ""))
-                rest = b""
+                rest, clock, pause = b"", asyncio.get_running_loop().time, GATHER_SECONDS
+                resumed = clock()
                 async for data in response.content.iter_any():
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         yield read_event(resource.kind, line)
-                    await _gather(response)
+                    pause = next_pause(pause, waited=clock() - resumed)
+                    await _gather(response, pause)
+                    resumed = clock()
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError) as error:
             raise ApiError(0, "Unreachable", f"WATCH {url}: {error!r}") from error
 
@@ -473,7 +478,12 @@ class Client:
         return headers
 
 
-async def _gather(watch: aiohttp.ClientResponse) -> None:
+def next_pause(last: float, waited: float) -> float:
+    """Seconds for which a watch rests after it has waited for events since its last rest."""
+    return min(2 * last, GATHER_LIMIT) if waited < GATHER_SECONDS else GATHER_SECONDS
+
+
+async def _gather(watch: aiohttp.ClientResponse, seconds: float) -> None:
     """Read nothing for a moment, so that the events of that time arrive as one. The first one after a pause is never
     late.
     """
@@ -482,7 +492,7 @@ async def _gather(watch: aiohttp.ClientResponse) -> None:
         return
     transport.pause_reading()
     try:
-        await asyncio.sleep(GATHER_SECONDS)
+        await asyncio.sleep(seconds)
     finally:
         if not transport.is_closing():
             transport.resume_reading()

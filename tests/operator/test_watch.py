@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
+import pytest
 from fake_cluster import FakeCluster, Outcome, Pod, all_well
 from harness import FAST, condition, fine_tune, finished, generate, running, settings, until
 
 from luthier_api.kinds import JobKind
 from luthier_operator.app import Pace
+from luthier_operator.client import GATHER_LIMIT, GATHER_SECONDS, next_pause
 from luthier_operator.model import Key
 
+ONCE, MOST = GATHER_SECONDS, GATHER_LIMIT
 RELISTS = Pace(relist=0.2, settle=0.2, discovery=0.05, restart=0.05, backoff=0.02, flush=0.2)
 
 
@@ -156,3 +160,16 @@ async def test_the_api_server_may_be_away_at_the_start() -> None:
             cluster._discover = discover  # type: ignore[method-assign]
             cluster.create(fine_tune())
             await until("complete", lambda: finished(cluster, "FineTuneJob", "tune"))
+
+
+@pytest.mark.parametrize(
+    ("waited", "rests"),
+    [
+        pytest.param([5.0], ONCE, id="the first event after a pause"),
+        pytest.param([5.0, 0.0], 2 * ONCE, id="there were more after the rest"),
+        pytest.param([5.0, *[0.01] * 20], MOST, id="again and again, but not for long"),
+        pytest.param([5.0, 0.0, 0.0, ONCE], ONCE, id="once there was nothing for as long as a rest"),
+    ],
+)
+def test_a_watch_rests_for_longer_while_events_keep_coming(waited: list[float], rests: float) -> None:
+    assert functools.reduce(next_pause, waited, ONCE) == rests
