@@ -14,6 +14,8 @@ import msgspec
 from luthier_operator.model import Object
 
 CHILDREN = {"Job", "JobSet", "Pod"}
+NOT_READ = {"ConfigMap", "Event"}
+"""What is in them is known to whoever creates them."""
 
 
 class Meta(TypedDict, total=False):
@@ -106,8 +108,8 @@ def read_list(kind: str, text: bytes) -> Object:
 
 
 def read_object(kind: str, text: bytes) -> Object:
-    """An object of `kind`, or another answer."""
-    if kind in CHILDREN:
+    """An object of `kind` that was created, or another answer."""
+    if kind in CHILDREN or kind in NOT_READ:
         with contextlib.suppress(msgspec.DecodeError):
             found: Any = _CHILD.decode(text)
             return dict(found)

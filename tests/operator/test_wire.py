@@ -91,6 +91,13 @@ def test_object(case: Case) -> None:
         assert read_object(case.kind, json.dumps(case.sent).encode()) == case.expect
 
 
+@pytest.mark.parametrize("kind", ["ConfigMap", "Event"])
+def test_of_what_was_just_created_only_the_metadata_is_read(kind: str) -> None:
+    meta = {"name": "a", "resourceVersion": "7"}
+    sent = {"kind": kind, "metadata": meta | {"managedFields": []}, "data": {"run.json": "{}"}, "message": "begun"}
+    assert read_object(kind, json.dumps(sent).encode()) == {"kind": kind, "metadata": meta}
+
+
 @pytest.mark.parametrize(
     ("sent", "expect"),
     [
