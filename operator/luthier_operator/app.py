@@ -85,7 +85,9 @@ class Operator:
         """
         self.settings, self._client, self._metrics, self._login, self._pace = settings, client, metrics, login, pace
         self.store = Store()
-        self.queue = Queue(backoff=pace.backoff, observer=metrics)
+        self.queue = Queue(
+            backoff=pace.backoff, observer=metrics, is_needed=lambda key: self._reconciler.is_needed(key)
+        )
         self._events = Recorder(client, metrics)
         self._reconciler = Reconciler(self.store, client, self.queue, self._events, metrics, settings)
         self._scraper = Scraper(self.store, self.queue.add, metrics, settings.progress_every, url)
@@ -226,7 +228,7 @@ class Operator:
             touched = self.store.remove(found) if type == "DELETED" else self.store.put(found)
             for key in touched:
                 if owner and key == owner.key and not edited:  # the operator's own write, which came before its answer
-                    self.queue.soon(key, settling.NOTHING)
+                    self.queue.soon(key, settling.NOTHING, check=True)
                 else:
                     self.queue.add(key, first=type == "MODIFIED")  # an edit: users wait for its effect
 
@@ -323,7 +325,7 @@ class Operator:
         for key in keys:
             seconds = settling.seconds(found, self.store.state(key)) if found else settling.ACT
             if seconds is not settling.NO_LOOK:
-                self.queue.soon(key, seconds)
+                self.queue.soon(key, seconds, check=seconds == settling.NOTHING)
 
     def _take_signals(self) -> None:
         """Handle signals here again, because kopf installs its own handlers at each start."""

@@ -204,6 +204,22 @@ def terminated(pod: Object) -> bool:
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in container(pod)
 
 
+def starts_as_expected(pod: Object) -> bool:
+    """Whether it runs, or nobody has tried to give it a node yet: in both cases an event tells what comes next."""
+    if deleting(pod) or terminated(pod):
+        return False
+    return "running" in container(pod) or not (scheduled(pod) or unschedulable(pod) or container(pod))
+
+
+def pods_at_once(manifest: Object) -> int:
+    """How many pods the controllers create for a Job or JobSet of ours at first."""
+    if manifest["kind"] == "JobSet":
+        jobs = ((part["replicas"], part["template"]["spec"]) for part in manifest["spec"]["replicatedJobs"])
+        return sum(replicas * spec["parallelism"] for replicas, spec in jobs)
+    pods: int = manifest["spec"]["parallelism"]
+    return pods
+
+
 def living(pods: Iterable[Object], phase: str) -> list[Object]:
     """Pods of a phase whose container runs or may still run, those that are being deleted among them."""
     return [pod for pod in pods if label(pod, PHASE_LABEL) == phase and not terminated(pod)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -27,6 +28,8 @@ class Parts:
     children: dict[ChildRef, Object] = field(default_factory=dict)
     ended_since: dict[ChildRef, datetime] = field(default_factory=dict)
     """When a child was first seen to have ended."""
+    pods_expected: dict[str, int] = field(default_factory=dict)
+    """uid of each child that this operator process has created → how many pods it has at first."""
     pods: dict[str, Object] = field(default_factory=dict)
     """Pods that have not terminated, by uid."""
     terminated: dict[str, int] = field(default_factory=dict)
@@ -57,6 +60,18 @@ class Parts:
             return False
         uid = child["metadata"]["uid"]
         return not any(children.controller_uid(pod) == uid for pod in self.pods.values())
+
+    def go_as_expected(self) -> bool:
+        """Whether a child is at work and all of its pods are there and start as expected. Not where it is unknown how
+        many there are to be.
+        """
+        at_work = [child for child in self.children.values() if not children.finished(child)]
+        if not at_work or any(children.suspended(child) or children.deleting(child) for child in at_work):
+            return False
+        present = Counter(map(children.controller_uid, self.pods.values()))
+        uids = [child["metadata"]["uid"] for child in at_work]
+        complete = all(uid in self.pods_expected and present[uid] >= self.pods_expected[uid] for uid in uids)
+        return complete and all(map(children.starts_as_expected, self.pods.values()))
 
     def keepers(self) -> list[Object]:
         """The Jobs that hold pods, and are neither finished nor being deleted."""

@@ -44,14 +44,18 @@ class Queue:
         backoff: float = BACKOFF_BASE,
         observer: Observer | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
+        is_needed: Callable[[Key], bool] = lambda key: True,
     ) -> None:
+        """`is_needed` is asked when a check is due, and must be cheap."""
+        self._is_needed = is_needed
         self._clock, self._backoff, self._observer, self._jitter = clock, backoff, observer, jitter
         self._ready: OrderedDict[Key, float] = OrderedDict()  # key → when it was added
         self._settling: set[Key] = set()
         self._working: set[Key] = set()
         self._again: dict[Key, bool] = {}  # added while being processed → before all others
-        self._later: list[tuple[float, Key]] = []
+        self._later: list[tuple[float, Key, bool]] = []  # the last one: whether it is a check
         self._deadline: dict[Key, float] = {}  # the earliest of each key; other entries of the heap are ignored
+        self._checks: dict[Key, float] = {}  # likewise
         self._failures: dict[Key, int] = {}
         self._settle: dict[Key, float] = {}  # of large jobs
         self._changed = asyncio.Event()
@@ -72,14 +76,14 @@ class Queue:
         if first:
             self._ready.move_to_end(key, last=False)
 
-    def soon(self, key: Key, settle: float = ACT) -> None:
+    def soon(self, key: Key, settle: float = ACT, check: bool = False) -> None:
         """Process `key` after `settle` seconds, or more while many wait, in which further events of the same cause may
-        arrive.
+        arrive. `check`: as for `add_after`.
         """
         waiting = len(self._ready) + len(self._settling)
         self._settling.add(key)
         settle = max(settle, min(SETTLE_LIMIT, ACT + SETTLE_SECONDS_PER_KEY * waiting))
-        self.add_after(key, max(settle, self._settle.get(key, 0.0)))
+        self.add_after(key, max(settle, self._settle.get(key, 0.0)), check)
 
     def took(self, key: Key, seconds: float) -> None:
         """Note how long the decision about `key` took. Events of a job settle in proportion to it."""
@@ -89,16 +93,22 @@ class Queue:
         else:
             self._settle.pop(key, None)
 
-    def add_after(self, key: Key, seconds: float) -> None:
-        """Process `key` after `seconds`, or earlier if it is added again. Of several times the earliest counts."""
+    def add_after(self, key: Key, seconds: float, check: bool = False) -> None:
+        """Process `key` after `seconds`, or earlier if it is added again. Of several times the earliest counts.
+
+        `check`: only if it is needed by then. It neither replaces a time that is none, nor is replaced by one.
+        """
         if seconds <= 0:
             self.add(key)
             return
-        deadline = self._clock() + seconds
-        if deadline < self._deadline.get(key, float("inf")):
-            self._deadline[key] = deadline
-            heapq.heappush(self._later, (deadline, key))
+        deadline, deadlines = self._clock() + seconds, self._deadlines(check)
+        if deadline < deadlines.get(key, float("inf")):
+            deadlines[key] = deadline
+            heapq.heappush(self._later, (deadline, key, check))
             self._changed.set()
+
+    def _deadlines(self, check: bool) -> dict[Key, float]:
+        return self._checks if check else self._deadline
 
     def retry(self, key: Key) -> float:
         """Process `key` again after an error, with a delay that grows. Returns the delay in seconds."""
@@ -125,6 +135,7 @@ class Queue:
         key, since = self._ready.popitem(last=False)
         self._settling.discard(key)
         self._deadline.pop(key, None)
+        self._checks.pop(key, None)
         self._working.add(key)
         if self._observer:
             self._observer.taken(self._clock() - since, len(self._ready))
@@ -139,9 +150,12 @@ class Queue:
 
     def next_deadline(self) -> float | None:
         """Time of the next delayed key, by the clock of the queue."""
-        while self._later and self._deadline.get(self._later[0][1]) != self._later[0][0]:
+        while self._later:
+            deadline, key, check = self._later[0]
+            if self._deadlines(check).get(key) == deadline:
+                return deadline
             heapq.heappop(self._later)
-        return self._later[0][0] if self._later else None
+        return None
 
     async def get(self) -> Key:
         """Wait for a key that is due. Only one task may wait at a time."""
@@ -185,6 +199,9 @@ class Queue:
     def _release_due(self) -> None:
         now = self._clock()
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            _, key = heapq.heappop(self._later)
-            del self._deadline[key]
-            self.add(key)
+            _, key, check = heapq.heappop(self._later)
+            del self._deadlines(check)[key]
+            if not check or key in self._working or self._is_needed(key):
+                self.add(key)
+            elif key not in self._deadline and key not in self._ready:
+                self._settling.discard(key)

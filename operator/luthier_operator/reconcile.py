@@ -24,9 +24,11 @@ from luthier_api.ruleset import WRITES
 from luthier_api.status import PHASES, JobStatus
 from luthier_api.stored import NotUnderstood, read_stored
 from luthier_operator import naming
+from luthier_operator.children import pods_at_once
 from luthier_operator.client import NAMESPACE_TERMINATING, RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, held, refused, with_events
 from luthier_operator.events import Recorder
+from luthier_operator.kept import version
 from luthier_operator.metrics import Metrics
 from luthier_operator.model import ChildRef, Decision, Event, Key, Object, Observed
 from luthier_operator.namespaces import TERMINATING_SECONDS, Namespaces
@@ -51,7 +53,8 @@ REFUSALS = (400, 403, 422)
 """Answers to a status that the API server will give again."""
 CREATED_SECONDS = NO_POD_SECONDS + 1
 """After children were created there is nothing to decide until a controller has begun with them, which is an event. If
-none has, the job is reconciled after this time: that a small job has no pods is reported then, and nothing earlier.
+pods are missing after this time, the job is reconciled: that a small job has no pods is reported then, and nothing
+earlier.
 """
 
 
@@ -63,6 +66,8 @@ class _Write:
     desired: bytes
     stored: bytes
     at: float
+    version: int
+    """Of the object as the API server stored it."""
     dropped: Object
     """Fields that were sent and not stored, because the CRD is older than this operator. Without them each decision
     would begin again what they remember, such as the time since when the job is at work.
@@ -108,6 +113,13 @@ class Reconciler:
             self._active -= 1
             self._metrics.active(self._active)
             self._metrics.reconciled(result, self._clock() - begin)
+
+    def is_needed(self, key: Key) -> bool:
+        """Whether time alone may have changed what is to be decided: not while nobody else has written the job, and all
+        its pods run or have yet to be given a node, of which events tell.
+        """
+        last = self._writes.get(key)
+        return last is None or not self._store.goes_as_expected(key, last.version)
 
     async def reconcile(self, key: Key) -> float | None:
         """Reconcile `key` once. Returns the seconds after which to do it again, if any.
@@ -173,8 +185,9 @@ class Reconciler:
             written = replace(observed, job=observed.job.model_copy(update={"status": first.status}))
             last = refused(written, decision, refusal.message, now) if refusal else with_events(written, decision, now)
             await self._report(key, current, first.status, last)
-        created = in_turn(CREATED_SECONDS, observed.backlog) if decision.apply else None
-        again = min((s for s in (wait, decision.requeue_after, created) if s is not None), default=None)
+        if decision.apply:
+            self._queue.add_after(key, in_turn(CREATED_SECONDS, observed.backlog), check=True)
+        again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
         if refusal:
             if again is not None:  # a deadline may be nearer than the next attempt
                 self._queue.add_after(key, again)
@@ -202,6 +215,8 @@ class Reconciler:
                 name = f"{manifest['kind']} {manifest['metadata']['name']}"
                 return ApiError(error.status, error.reason, f"{name}: {error.message}", error.cause)
             touched = self._store.put(made)
+            if manifest["kind"] in CHILD_KINDS:
+                self._store.expect(key, made, pods_at_once(manifest))
             if not made.get("status"):
                 touched.discard(key)  # it is new: see CREATED_SECONDS
             self._enqueue(touched)
@@ -338,7 +353,8 @@ class Reconciler:
             raise
         stored = kept.get("status", {})
         dropped = {name: value for name, value in desired.items() if name not in stored and name != WRITES}
-        self._writes[key] = _Write(found["metadata"]["uid"], wanted, digest(stored), self._clock(), dropped)
+        uid, at = found["metadata"]["uid"], self._clock()
+        self._writes[key] = _Write(uid, wanted, digest(stored), at, version(kept), dropped)
         touched = self._store.put(kept, answer=True)
         if creates or patch.keys() <= NOTHING_FOLLOWS:
             touched.discard(key)

@@ -19,7 +19,8 @@ SEEN = 15.0
 """Seconds for what only ends a message: a pod that is new, of a job that reports that there is none."""
 NOTHING = 30.0
 """Seconds for what has no consequence yet: a pod that has its node, whose container is reported after as long if it
-does not start (`phases/waiting`), or one that has succeeded, after which its Job or JobSet ends.
+does not start (`phases/waiting`), or one that has succeeded, after which its Job or JobSet ends. The job is looked at
+only if it is needed by then (`Reconciler.is_needed`).
 """
 NO_LOOK = None
 """For what has no consequence at all: a Job that counts its pods, a pod that has no node yet, one that prepares. When a

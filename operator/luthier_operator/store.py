@@ -23,6 +23,7 @@ from luthier_operator.kueue import WORKLOAD, Workloads
 from luthier_operator.model import ChildRef, Job, Key, Object, Observed, Silence
 from luthier_operator.ownership import OWNED, Owner, owner_of, owner_of_job
 from luthier_operator.parts import HeldPod, Parts
+from luthier_operator.settling import AS_EXPECTED
 from luthier_operator.workloads import workload
 from luthier_operator.workloads.sources import Sources, observed_sources
 
@@ -104,6 +105,15 @@ class Store:
         since = parts.held_since() if parts else None
         return None if since is None else (self._now() - since).total_seconds()
 
+    def goes_as_expected(self, key: Key, version: int) -> bool:
+        """Whether a job has still this version, reports no problem, and neither do its pods, none of which is missing.
+        Of anything that ends this, an event tells.
+        """
+        known, parts = self._jobs.get(key), self._parts_of_job(key)
+        if known is None or known.version != version or known.state not in AS_EXPECTED or parts is None:
+            return False
+        return parts.go_as_expected()
+
     def observed(self, job: Job) -> Observed:
         """Everything that is known about `job`."""
         owner = owner_of_job(job)
@@ -175,6 +185,11 @@ class Store:
             if uid not in listed and not newer and namespace in (None, owner.key.namespace):
                 touched |= self._remove(owner, kind, name, uid)
         return touched
+
+    def expect(self, key: Key, child: Object, pods: int) -> None:
+        """A child was created that has so many pods at first."""
+        if parts := self._parts_of_job(key):
+            parts.pods_expected[child["metadata"]["uid"]] = pods
 
     def put_samples(self, owner: Owner, samples: Mapping[int, dict[str, float]]) -> None:
         """Store metrics of pods, by node rank or shard. The last metrics of a deleted pod stay while the job is at
@@ -286,6 +301,7 @@ class Store:
             known_child = parts.children.get(ref)
             if known_child and known_child["metadata"]["uid"] == uid:
                 del parts.children[ref]
+                parts.pods_expected.pop(uid, None)
                 parts.ended_since.pop(ref, None)
         self._drop_if_empty(owner)
         return touched

@@ -28,9 +28,11 @@ def play(steps: str, backoff: float = 1.0) -> str:
 
     +a add · ^a add before all others · ~a soon · ~a~1 soon, in a second · a@5 add in 5 seconds · ? take · -a done
     !a retry · ok:a forget · t3 three seconds pass · took:a:0.2 the decision took 0.2 seconds
+    a%5 check in 5 seconds · needs:a the check will find that a look is needed
     """
     clock = Clock()
-    queue = Queue(clock, backoff, jitter=lambda: 1.0)
+    needed = set[Key]()
+    queue = Queue(clock, backoff, jitter=lambda: 1.0, is_needed=needed.__contains__)
     taken = []
     for step in steps.split():
         if step == "?":
@@ -39,6 +41,8 @@ def play(steps: str, backoff: float = 1.0) -> str:
         elif step.startswith("took:"):
             _, name, seconds = step.split(":")
             queue.took(key(name), float(seconds))
+        elif step.startswith("needs:"):
+            needed.add(key(step[6:]))
         elif step.startswith("t"):
             clock.now += float(step[1:])
         elif step.startswith("ok:"):
@@ -51,8 +55,8 @@ def play(steps: str, backoff: float = 1.0) -> str:
         elif step[0] in "+~-!":
             {"+": queue.add, "~": queue.soon, "-": queue.done, "!": queue.retry}[step[0]](key(step[1:]))
         else:
-            name, seconds = step.split("@")
-            queue.add_after(key(name), float(seconds))
+            name, seconds = step.replace("%", "@").split("@")
+            queue.add_after(key(name), float(seconds), check="%" in step)
     return " ".join(taken)
 
 
@@ -198,6 +202,41 @@ CASES = [
         name="a wish does not hold an add up",
         steps="a@60 +a ?",
         expect="a",
+    ),
+    Case(
+        name="a check that is not needed by then",
+        steps="a%5 t9 ? +b ? -b t9 ?",
+        expect="· b ·",
+    ),
+    Case(
+        name="a check that is needed by then",
+        steps="a%5 needs:a t4 ? t1 ?",
+        expect="· a",
+    ),
+    Case(
+        name="a check takes nothing from what is planned anyway",
+        steps="a%3 a@5 t4 ? t1 ?",
+        expect="· a",
+    ),
+    Case(
+        name="nor does that take anything from a check",
+        steps="a@5 a%3 needs:a t3 ? -a t9 ?",
+        expect="a ·",
+    ),
+    Case(
+        name="a look replaces a check",
+        steps="a%3 needs:a +a ? -a t9 ?",
+        expect="a ·",
+    ),
+    Case(
+        name="a check that is planned by a look",
+        steps="+a ? a%3 needs:a -a t3 ?",
+        expect="a a",
+    ),
+    Case(
+        name="a check comes while the key is worked on",
+        steps="+a ? a%3 t3 ? -a ?",
+        expect="a · a",
     ),
     Case(
         name="a wish while at work is kept",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -375,8 +376,9 @@ async def test_what_was_just_created_is_no_news(case: OwnWritesCase) -> None:
         again = await reconciler.reconcile(Key(JobKind.FINE_TUNE, "default", "tune"))
         await client.close()
         assert api.get("Job", child["metadata"]["name"])
-        assert again == CREATED_SECONDS
-        assert (queue.next_deadline() is not None) == case.decides_again
+        assert again is None
+        planned = queue.next_deadline() or 0.0
+        assert (planned - time.monotonic() < CREATED_SECONDS / 2) == case.decides_again
 
 
 async def test_a_write_that_is_seen_before_its_answer_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,10 +13,11 @@ from fake_cluster import said
 from luthier_api.kinds import JobKind, parse_job
 from luthier_api.status import Progress
 from luthier_operator import naming
-from luthier_operator.children import suspended
+from luthier_operator.children import pods_at_once, suspended
 from luthier_operator.failure.pod_end import FAILED_ENDS_KEPT, PodEnds
 from luthier_operator.model import ChildRef, Key
-from luthier_operator.ownership import Owner
+from luthier_operator.objects import objects
+from luthier_operator.ownership import OWNED, Owner
 from luthier_operator.store import Store
 
 TUNE = Key(JobKind.FINE_TUNE, "default", "tune")
@@ -898,3 +899,77 @@ def test_a_change_that_nobody_reads_is_no_news(case: NewsCase) -> None:
     later = found | case.change | {"metadata": found["metadata"] | {"resourceVersion": "3"}}
     assert bool(store.put(later)) is case.news
     assert store.put(later) == set()
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    name: str
+    holds: bool
+    """Whether nobody has to look at the job because of the time alone."""
+    pods: tuple[dict[str, Any], ...]
+    """Status and metadata of each pod of its JobSet of two."""
+    jobset: dict[str, Any] = field(default_factory=dict)
+    state: str = "Starting"
+    written: int = 1
+    """The version of the job that the operator has written last."""
+    expected: int | None = 2
+
+
+RUNS = {"phase": "Running", "containerStatuses": [{"name": "trainer", "state": {"running": {}}}]}
+WAITS = {"phase": "Pending", "containerStatuses": [{"name": "trainer", "state": {"waiting": {}}}]}
+NEW = {"phase": "Pending"}
+HAS_NODE = {
+    "phase": "Pending",
+    "conditions": [condition("PodScheduled") | {"lastTransitionTime": "2026-01-01T00:00:00Z"}],
+}
+NO_NODE = {"phase": "Pending", "conditions": [condition("PodScheduled", "False") | {"reason": "Unschedulable"}]}
+DELETED = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+CHECKS = [
+    CheckCase("all run", True, ({"status": RUNS}, {"status": RUNS})),
+    CheckCase("one runs, nobody has sought a node for the other", True, ({"status": RUNS}, {"status": NEW})),
+    CheckCase("one is missing", False, ({"status": RUNS},)),
+    CheckCase("all are missing", False, ()),
+    CheckCase("one has its node and does not start", False, ({"status": RUNS}, {"status": HAS_NODE})),
+    CheckCase("one waits for its image", False, ({"status": RUNS}, {"status": WAITS})),
+    CheckCase("no node takes one", False, ({"status": RUNS}, {"status": NO_NODE})),
+    CheckCase("one is deleted", False, ({"status": RUNS}, {"status": RUNS, "metadata": DELETED})),
+    CheckCase("one has ended", False, ({"status": RUNS}, {"status": RUNS | {"phase": "Succeeded"}})),
+    CheckCase("the job reports a problem", False, ({"status": RUNS},) * 2, state="NoPods"),
+    CheckCase("somebody else has written the job", False, ({"status": RUNS},) * 2, written=0),
+    CheckCase("a queue holds the child", False, ({"status": NEW},) * 2, jobset={"spec": {"suspend": True}}),
+    CheckCase("the child is deleted", False, ({"status": RUNS},) * 2, jobset={"metadata": DELETED}),
+    CheckCase("the child has ended", False, ({"status": RUNS},) * 2, {"status": {"conditions": [condition("Failed")]}}),
+    CheckCase("an earlier operator has created the child", False, ({"status": RUNS},) * 2, expected=None),
+]
+
+
+@pytest.mark.parametrize("case", CHECKS, ids=lambda case: case.name)
+def test_a_job_is_not_looked_at_while_it_goes_as_expected(case: CheckCase) -> None:
+    store = Store()
+    store.put(job() | {"status": {"state": case.state}})
+    child = owned("JobSet", "ftj-tune-run", spec={}) | {k: v for k, v in case.jobset.items() if k != "metadata"}
+    child = moved(child, **case.jobset.get("metadata", {}))
+    store.put(child)
+    if case.expected is not None:
+        store.expect(TUNE, child, case.expected)
+    for number, pod in enumerate(case.pods):
+        found = owned("Pod", f"pod-{number}", status=pod["status"])
+        labels = found["metadata"]["labels"] | {naming.CHILD_LABELS[0]: child["metadata"]["uid"]}
+        store.put(moved(found, labels=labels, **pod.get("metadata", {})))
+    assert store.goes_as_expected(TUNE, case.written) == case.holds
+
+
+def test_the_pods_that_are_expected_are_those_that_the_manifests_ask_for() -> None:
+    generates = {
+        "kind": "GenerateJob",
+        "metadata": job()["metadata"],
+        "spec": GENERATE | {"inputs": {"dataset": {"id": "a/b"}}, "shards": 5, "parallelism": 2},
+    }
+    generates |= {"apiVersion": "luthier.dev/v1alpha1"}
+    found = [
+        pods_at_once(manifest)
+        for made in (job(resources={"nodes": 3, "gpusPerNode": 1}), generates)
+        for manifest in objects(parse_job(made))
+        if manifest["kind"] in OWNED
+    ]
+    assert found == [1, 3, 1, 2], "of prepare and of run"
