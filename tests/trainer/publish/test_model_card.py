@@ -4,7 +4,9 @@ batches that can be made.
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import DatasetDict
+from markdown_it import MarkdownIt
 from prepared_workspace import causal_lm_data, classification_data, image_data, prepared_run, prose
 from trainer.conftest import MakeRun
 from trainer.digits import save_model as save_vit
@@ -137,6 +140,26 @@ def test_a_card_warns_of_what_peft_would_merge_wrongly(case: Case, make_run: Mak
     )
     found = model_card.shared_weights(make_run(method={"type": "lora", "targetModules": case.targets}), record)
     assert [text.partition(". ")[0] for text in found] == case.warnings
+
+
+NOTICES = [
+    "spec.model.resizeEmbeddings: 2 tokens had no row in the embedding (<a> (512), c_* (513)). Each is drawn",
+    "spec.dataset.files: 3 rows of `a[1].csv` | b … were left out",
+]
+
+
+def test_a_card_says_what_was_noticed(make_run: MakeRun, tmp_path: Path) -> None:
+    record = PreparedRecord(
+        model=ResolvedSource(source="m"),
+        dataset=ResolvedDataset(source="d", rows=1),
+        plan=Plan(strategy="none"),
+        model_path=str(tmp_path),
+        dataset_path="d",
+        notices=NOTICES,
+    )
+    page = MarkdownIt().render(model_card.card(make_run(), record, tmp_path).split("---\n")[2])
+    section = page.split("<h2>What was noticed</h2>")[1].split("</ul>")[0]
+    assert [html.unescape(item) for item in re.findall(r"<li>(.*)</li>", section)] == NOTICES
 
 
 def without_padding(model: Path, folder: Path) -> Path:

@@ -125,6 +125,7 @@ def model_card(run: FineTuneRun, prepared: PreparedRecord, result: Path) -> str:
         [
             ("Results", table({titles.get(name, name): f"{value:.6g}" for name, value in metrics.items()})),
             ("How it was made", table(facts)),
+            ("What was noticed", noticed(prepared)),
             ("Where the training is shown", table(tracked(WorkspaceFolder(Path(run.workspace)).tracking))),
             ("The data", data_table(WorkspaceFolder(Path(run.workspace)).prepared / DATA_REPORT)),
             ("How to load it", f"```python\n{load}\n```\n{needs}"),
@@ -328,8 +329,14 @@ def dataset_card(run: GenerateRun, prepared: PreparedRecord, result: Path) -> st
         ("Samples", samples(run, result)),
         ("Metrics", compared + table(scores)),
         ("How it was made", table(facts)),
+        ("What was noticed", noticed(prepared)),
     ]
     return document(front, repo, about, sections)
+
+
+def noticed(prepared: PreparedRecord) -> str:
+    """Return as a list what `prepare` said that it changed, left out or drew at random."""
+    return "\n".join(f"- {without_marks(text)}" for text in prepared.notices)
 
 
 def samples(run: GenerateRun, result: Path) -> str:
@@ -349,8 +356,13 @@ def samples(run: GenerateRun, result: Path) -> str:
 
 
 def unmarked(text: str) -> str:
+    """Return the beginning of a text as one line, in which no character is a mark of Markdown or HTML."""
+    return without_marks(shortened(text))
+
+
+def without_marks(text: str) -> str:
     """Return a text as one line, in which no character is a mark of Markdown or HTML."""
-    return re.sub(r"([^\w\s.,;:'-])", r"\\\1", " ".join(shortened(text).split()))
+    return re.sub(r"""([!"#$%&()*+/<=>?@\[\\\]^_`{|}~])""", r"\\\1", " ".join(text.split()))
 
 
 def document(front: Mapping[str, Any], title: str, about: str, sections: list[tuple[str, str]]) -> str:
