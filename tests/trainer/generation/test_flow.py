@@ -20,6 +20,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from trainer.generating import generate_run, generate_shards, image_engine, result_lines, sample
@@ -27,9 +28,11 @@ from trainer.generating import generate_run, generate_shards, image_engine, resu
 from luthier_api.exitcodes import ExitCode
 from luthier_api.task_settings import ImageSettings
 from luthier_api.workspace import WorkspaceFolder
+from luthier_trainer.generation import lora
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.hardware import Hardware
 from luthier_trainer.generation.image_memory import Part, Work, parts_of
+from luthier_trainer.models.loranames import Names
 from luthier_trainer.prepare import main as prepare
 from luthier_trainer.runtime import notices
 from luthier_trainer.runtime.failure import Failure
@@ -202,15 +205,192 @@ def test_adapters_are_what_diffusers_makes_of_them(
     assert abs(line["pixels"] - without).max() > 1
 
 
-def test_an_adapter_by_the_names_of_the_authors_is_refused(models: Callable[[str], Path], tmp_path: Path) -> None:
+DOUBLE, SINGLE, CLIP = (
+    "lora_unet_double_blocks_0_",
+    "lora_unet_single_blocks_0_",
+    "lora_te1_text_model_encoder_layers_0_",
+)
+BLOCK, ALONE, WHOLE = "transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.0.", slice(None)
+EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
+AUTHORS_OF_FLUX: dict[str, list[tuple[str, slice]]] = {
+    f"{DOUBLE}img_attn_qkv": [(f"{BLOCK}attn.to_{name}", WHOLE) for name in "qkv"],
+    f"{DOUBLE}txt_attn_qkv": [(f"{BLOCK}attn.add_{name}_proj", WHOLE) for name in "qkv"],
+    f"{DOUBLE}img_attn_proj": [(f"{BLOCK}attn.to_out.0", WHOLE)],
+    f"{DOUBLE}txt_attn_proj": [(f"{BLOCK}attn.to_add_out", WHOLE)],
+    f"{DOUBLE}img_mlp_0": [(f"{BLOCK}ff.net.0.proj", WHOLE)],
+    f"{DOUBLE}img_mlp_2": [(f"{BLOCK}ff.net.2", WHOLE)],
+    f"{DOUBLE}txt_mlp_0": [(f"{BLOCK}ff_context.net.0.proj", WHOLE)],
+    f"{DOUBLE}txt_mlp_2": [(f"{BLOCK}ff_context.net.2", WHOLE)],
+    f"{DOUBLE}img_mod_lin": [(f"{BLOCK}norm1.linear", WHOLE)],
+    f"{DOUBLE}txt_mod_lin": [(f"{BLOCK}norm1_context.linear", WHOLE)],
+    f"{SINGLE}linear1": [*((f"{ALONE}attn.to_{name}", WHOLE) for name in "qkv"), (f"{ALONE}proj_mlp", WHOLE)],
+    f"{SINGLE}linear2": [(f"{ALONE}proj_out", WHOLE)],
+    f"{SINGLE}modulation_lin": [(f"{ALONE}norm.linear", WHOLE)],
+    **{
+        f"lora_unet_{name}_{end}_layer": [(f"transformer.time_text_embed.{module}.linear_{number}", WHOLE)]
+        for name, module in EMBEDDERS.items()
+        for number, end in ((1, "in"), (2, "out"))
+    },
+    "lora_unet_img_in": [("transformer.x_embedder", WHOLE)],
+    "lora_unet_txt_in": [("transformer.context_embedder", WHOLE)],
+    "lora_unet_final_layer_linear": [("transformer.proj_out", WHOLE)],
+    # The authors' code splits its 64 outputs into a shift and a scale, diffusers' into a scale and a shift.
+    "lora_unet_final_layer_adaLN_modulation_1": [
+        ("transformer.norm_out.linear", slice(32, 64)),
+        ("transformer.norm_out.linear", slice(0, 32)),
+    ],
+    f"{CLIP}self_attn_q_proj": [("text_encoder.encoder.layers.0.self_attn.q_proj", WHOLE)],
+}
+"""Module in files of kohya's sd-scripts → the modules of diffusers whose outputs it computes, in their order."""
+NOT_IN_DIFFUSERS = (f"{SINGLE}linear1", "lora_unet_final_layer_linear", "lora_unet_final_layer_adaLN_modulation_1")
+"""What diffusers 0.42 converts with the sizes of the large model, or without its alpha."""
+
+
+def factors_of_kohya(pipe: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A file with every module, each with a rank and an alpha of its own; and what diffusers' modules gain by it."""
+    drawn_by = torch.Generator().manual_seed(3)
+    tensors: dict[str, torch.Tensor] = {}
+    gains: dict[str, torch.Tensor] = {}
+    for number, (name, modules) in enumerate(AUTHORS_OF_FLUX.items()):
+        there = [(module, rows, pipe.get_submodule_of(module).weight) for module, rows in modules]
+        rank, alpha = 2 + number % 3, 1.0 + number
+        down = torch.randn(rank, there[0][2].shape[1], generator=drawn_by) / 8
+        up = torch.randn(sum(len(weight[rows]) for _, rows, weight in there), rank, generator=drawn_by) / 8
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        done = 0
+        for module, rows, weight in there:
+            gain = gains.setdefault(module, torch.zeros_like(weight))
+            gain[rows] = alpha / rank * up[done : done + len(gain[rows])] @ down
+            done += len(gain[rows])
+    return tensors, gains
+
+
+class Weights:
+    """The models of a pipeline that adapters change, by the names of diffusers."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.parts = {name: getattr(pipe, name) for name in ("transformer", "text_encoder")}
+
+    def get_submodule_of(self, name: str) -> Any:
+        part, _, module = name.partition(".")
+        return self.parts[part].get_submodule(module)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{part}.{key}": value.clone()
+            for part, model in self.parts.items()
+            for key, value in model.state_dict().items()
+        }
+
+
+@pytest.mark.parametrize("names", ["kohya", "ComfyUI", "diffusers beside it"])
+def test_adapters_of_flux_by_the_names_of_its_authors(names: str, tmp_path: Path) -> None:
+    """W + weight * alpha / rank * up @ down, for every module; a second adapter names query, key and value alone."""
+    weights = Weights(small_flow.flux())
+    before = weights.state()
+    tensors, gains = factors_of_kohya(weights)
+    if names == "ComfyUI":
+        dots = {"img_attn_qkv": "img_attn.qkv", "txt_mod_lin": "txt_mod.lin"}
+        kept = {f"{DOUBLE}{name}" for name in dots}
+        gains = {module: gains[module] for name in kept for module, _ in AUTHORS_OF_FLUX[name]}
+        tensors = {
+            key.replace(DOUBLE, "diffusion_model.double_blocks.0.").replace(name, dotted): value
+            for name, dotted in dots.items()
+            for key, value in tensors.items()
+            if key.startswith(f"{DOUBLE}{name}")
+        }
+    save_file(tensors, tmp_path / "whole.safetensors")
+    names_of = Names(weights.parts)
+    adapters = [(lora.read(tmp_path / "whole.safetensors", names_of, "spec"), 0.5)]
+    times = dict.fromkeys(gains, 0.5)
+    if names == "diffusers beside it":
+        more = {f"transformer_blocks.0.attn.to_q.lora_{end}.weight": torch.ones(32, 32) / 32 for end in "AB"}
+        save_file(more, tmp_path / "alone.safetensors")
+        adapters.insert(0, (lora.read(tmp_path / "alone.safetensors", names_of, "spec"), 2.0))
+        gains[f"{BLOCK}attn.to_q"] = gains[f"{BLOCK}attn.to_q"] * 0.5 + 2.0 * torch.ones(32, 32) / 32
+        times[f"{BLOCK}attn.to_q"] = 1.0
+    lora.fuse(weights.parts, adapters)
+    for key, value in weights.state().items():
+        module, _, kind = key.rpartition(".")
+        gain = times[module] * gains[module] if kind == "weight" and module in gains else 0.0
+        torch.testing.assert_close(value, before[key] + gain, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_the_names_of_the_authors_are_as_diffusers_converts_them() -> None:
+    """But for what diffusers knows of the large model alone, or forgets."""
+    tensors, gains = factors_of_kohya(Weights(small_flow.flux()))
+    left_out = {module for name in NOT_IN_DIFFUSERS for module, _ in AUTHORS_OF_FLUX[name]}
+    expect = {name: gain for name, gain in gains.items() if name.startswith("transformer.") and name not in left_out}
+    names = {key: key.partition(".")[0] for key in tensors}
+    known = [key for key, name in names.items() if name.startswith("lora_unet_") and name not in NOT_IN_DIFFUSERS]
+    converted = _convert_kohya_flux_lora_to_diffusers({key: tensors[key] for key in known})
+    assert len(converted) == 2 * len(expect)
+    for module, gain in expect.items():
+        down, up = (
+            next(
+                value
+                for key, value in converted.items()
+                if f"transformer.{key}".endswith(f"{module}.lora_{end}.weight")
+            )
+            for end in "AB"
+        )
+        torch.testing.assert_close(up @ down, gain, rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Unread:
+    name: str
+    kind: str
+    tensors: dict[str, torch.Tensor]
+    message: str
+
+
+def factors(name: str, outputs: int, inputs: int = 32) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_up.weight": torch.ones(outputs, 2), f"{name}.lora_down.weight": torch.ones(2, inputs)}
+
+
+UNREAD = [
+    Unread(
+        "of T5",
+        "flux dev",
+        factors("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 32),
+        r"2 belong to no module.*For FLUX adapters of the transformer and of CLIP can be used",
+    ),
+    Unread(
+        "guidance, which schnell is not told",
+        "flux schnell",
+        factors("lora_unet_guidance_in_in_layer", 32, 256),
+        r"2 belong to no module",
+    ),
+    Unread(
+        "another size",
+        "flux dev",
+        factors(f"{SINGLE}linear1", 100),
+        r"does not fit the model: transformer\.single_transformer_blocks\.0\.attn\.to_q \+ .*proj_mlp is 224 × 32"
+        r" there, and 100 × 32 in the file",
+    ),
+    Unread(
+        "query by two names",
+        "flux dev",
+        factors(f"{DOUBLE}img_attn_qkv", 96) | factors("lora_unet_transformer_blocks_0_attn_to_q", 32),
+        r"so that a module has two changes",
+    ),
+    Unread(
+        "Stable Diffusion 3",
+        "sd3",
+        factors("lora_unet_joint_blocks_0_x_block_attn_qkv", 96),
+        r"2 belong to no module.*for example by diffusers' load_lora_weights",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", UNREAD, ids=lambda case: case.name)
+def test_an_adapter_that_is_not_whole_for_this_model_is_refused(case: Unread, tmp_path: Path) -> None:
     file = tmp_path / "kohya.safetensors"
-    weights = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{end}.weight": torch.ones(2, 2) for end in ("up", "down")}
-    save_file(weights, file)
-    adapters = [{"path": str(tmp_path)}]
-    model = {"path": str(models("flux dev"))}
-    run = generate_run(tmp_path / "job", ROWS[:1], task="text-to-image", model=model, image=SMALL, adapters=adapters)
-    with pytest.raises(Failure, match=r"2 belong to no module.*for example by diffusers' load_lora_weights"):
-        prepare.main(run)
+    save_file(case.tensors, file)
+    with pytest.raises(Failure, match=case.message):
+        lora.read(file, Names(Weights(KINDS[case.kind]()).parts), "spec.adapters[0]")
 
 
 @dataclass(frozen=True)

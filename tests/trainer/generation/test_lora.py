@@ -31,7 +31,7 @@ from luthier_trainer.generation import lora
 from luthier_trainer.generation.encoding import About
 from luthier_trainer.generation.engines.images import ImageEngine
 from luthier_trainer.generation.hardware import Hardware
-from luthier_trainer.models.loranames import Names, _weighted, ldm_blocks, ldm_name
+from luthier_trainer.models.loranames import Names, Rows, _weighted, ldm_blocks, ldm_name
 from luthier_trainer.prepare.main import main
 from luthier_trainer.runtime.failure import Failure
 
@@ -233,7 +233,9 @@ def test_names_are_those_of_the_whole_checkpoint() -> None:
     assert {key.rpartition(".")[0]: module for key, module in converted.items()} == {module: module for module in ldm}
     for module, name in ldm.items():
         for written in (module, str(name)):
-            assert table.find("lora_unet_" + written.replace(".", "_")) == ("unet", module)
+            place = table.find("lora_unet_" + written.replace(".", "_"))
+            assert place is not None
+            assert (place.part, place.rows) == ("unet", (Rows(module),))
 
 
 def test_a_convolution_gains_the_composition_of_its_factors(

@@ -340,9 +340,10 @@ def test_the_same_with_names_of_kohya(reading: Read) -> None:
     pipe = DiffusionPipeline.from_pretrained(reading.model)
     names = Names({part: getattr(pipe, part) for part in reading.case.parts})
     changes = [lora.read(reading.result / name, names, "spec") for name in (KOHYA, WEIGHTS)]
-    for first, second in zip(*(sorted(some, key=lambda c: (c.part, c.module)) for some in changes), strict=True):
-        base = names.parts[first.part].get_submodule(first.module).weight
-        assert (first.part, first.module) == (second.part, second.module)
+    for first, second in zip(*(sorted(some, key=lambda c: str(c.place)) for some in changes), strict=True):
+        (module,) = first.place.modules
+        base = names.parts[first.place.part].get_submodule(module).weight
+        assert first.place == second.place
         torch.testing.assert_close(first.weight(base), second.weight(base))
 
 

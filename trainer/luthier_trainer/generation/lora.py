@@ -2,7 +2,7 @@
 
 diffusers 0.42.1 can read such files too, but it drops settings of single modules: the alpha of each module in a kohya
 file (the names in its `alpha_pattern` match no module), the `dora_scale` of LyCORIS, and the keys of modules that it
-does not know. Here either every tensor of a file is used, or the file is refused.
+does not know; of FLUX the alpha of the last layer. Here either every tensor of a file is used, or the file is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from luthier_api.exitcodes import ExitCode
-from luthier_trainer.models.loranames import Names, split
+from luthier_trainer.models.loranames import Names, Place, split
 from luthier_trainer.runtime.failure import Failure
 from luthier_trainer.workspace.model_files import ADAPTER_CONFIG
 
@@ -53,7 +53,7 @@ SHOWN = 4  # names in a message
 
 @dataclass(frozen=True)
 class Change:
-    """The change that a file makes to one module: `module` of the pipeline's model `part`.
+    """The change that a file makes to one of its modules.
 
     The update of the weight W follows the formulas of each method's authors:
 
@@ -64,8 +64,7 @@ class Change:
         DoRA   magnitude * V / |V| - W               V: W plus one of the first three updates
     """
 
-    part: str
-    module: str
+    place: Place
     tensors: Tensors
     scale: float
     """alpha / rank."""
@@ -150,7 +149,7 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
     `field`: the field of the spec that names the file. Raises Failure unless every tensor of the file can be used.
     """
     tensors, metadata = _load(path, field)
-    found: dict[tuple[str, str], Tensors] = {}
+    found: dict[Place, Tensors] = {}
     unknown: list[str] = []
     for key, tensor in tensors.items():
         parted = split(key)
@@ -159,7 +158,7 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
             unknown.append(key)
             continue
         if parted[1] in found.setdefault(place, {}):
-            raise _invalid(field, path, f"has {key} and another tensor for the same module, {_spoken(place)}")
+            raise _invalid(field, path, f"has {key} and another tensor for the same module, {place}")
         if not torch.isfinite(tensor.float()).all():
             raise _invalid(
                 field,
@@ -178,8 +177,23 @@ def read(path: Path, names: Names, field: str) -> list[Change]:
         )
     if not found:
         raise _invalid(field, path, "holds no tensors")
+    _check_names(found, field, path)
     configs = _configs(path, metadata, field, names.denoiser)
-    return [_change(place, t, configs.get(place[0], {}), names, metadata, field, path) for place, t in found.items()]
+    return [_change(place, t, configs.get(place.part, {}), names, metadata, field, path) for place, t in found.items()]
+
+
+def _check_names(places: Iterable[Place], field: str, path: Path) -> None:
+    """Check that no module is named in two ways. Raises Failure if one is: which of the two counts is not known."""
+    by_module: dict[tuple[str, str], Place] = {}
+    for place in places:
+        for module in place.modules:
+            other = by_module.setdefault((place.part, module), place)
+            if other is not place:
+                raise _invalid(
+                    field,
+                    path,
+                    f"has tensors for {place} and for {other}, so that a module has two changes. Remove one of them",
+                )
 
 
 def _load(path: Path, field: str) -> tuple[Tensors, dict[str, str]]:
@@ -224,7 +238,7 @@ def _configs(path: Path, metadata: Mapping[str, str], field: str, denoiser: str)
 
 
 def _change(
-    place: tuple[str, str],
+    place: Place,
     t: Tensors,
     config: Mapping[str, Any],
     names: Names,
@@ -233,37 +247,42 @@ def _change(
     path: Path,
 ) -> Change:
     """Check the tensors of one module and return its change. Raises Failure if they do not fit the module."""
-    part, name = place
     if not any(needed <= set(t) <= needed | extra for needed, extra in WHOLE):
-        raise _invalid(
-            field, path, f"has {' and '.join(sorted(t))} for {_spoken(place)}, which is no whole LoRA, LoHa or LoKr"
-        )
-    module = names.parts[part].get_submodule(name)
+        raise _invalid(field, path, f"has {' and '.join(sorted(t))} for {place}, which is no whole LoRA, LoHa or LoKr")
+    weight, bias = (_joined(place, names.parts[place.part], kind) for kind in ("weight", "bias"))
+    assert weight is not None, "only modules with a weight have names"
     if set(t) != {"diff_bias"}:
         try:
             made = shape(t)
         except (RuntimeError, KeyError) as error:
-            raise _invalid(field, path, f"the tensors for {_spoken(place)} do not fit together: {error}") from None
-        if math.prod(made) != module.weight.numel() or not _same(
-            made, tuple(module.weight.shape), flat=not {"up", "diff"} & set(t)
-        ):
+            raise _invalid(field, path, f"the tensors for {place} do not fit together: {error}") from None
+        if math.prod(made) != weight.numel() or not _same(made, tuple(weight.shape), flat=not {"up", "diff"} & set(t)):
             raise _invalid(
                 field,
                 path,
-                f"does not fit the model: {_spoken(place)} is {_by(module.weight.shape)} there, and {_by(made)} in the"
+                f"does not fit the model: {place} is {_by(weight.shape)} there, and {_by(made)} in the"
                 f" file.{_trained_for(metadata)}",
             )
-    _check_vectors(place, t, module, field, path)
+    _check_vectors(place, t, weight, bias, field, path)
     if config.get("use_dora") and not {"magnitude", "dora_scale"} & set(t):
-        raise _invalid(field, path, f"is a DoRA by its configuration, and has no magnitude for {_spoken(place)}")
-    return Change(part, name, t, _scale(place, t, config, field, path))
+        raise _invalid(field, path, f"is a DoRA by its configuration, and has no magnitude for {place}")
+    return Change(place, t, _scale(place, t, config, field, path))
 
 
-def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, path: Path) -> None:
+def _joined(place: Place, model: Any, kind: str) -> torch.Tensor | None:
+    """Return the weight or the bias (`kind`) of a place; None if one of its modules has none."""
+    there = {module: getattr(model.get_submodule(module), kind, None) for module in place.modules}
+    found = {module: tensor for module, tensor in there.items() if tensor is not None}
+    return place.joined(found) if len(found) == len(there) else None
+
+
+def _check_vectors(
+    place: Place, t: Tensors, weight: torch.Tensor, bias: torch.Tensor | None, field: str, path: Path
+) -> None:
     """Check the sizes of magnitudes and biases against the module. Raises Failure if they differ."""
-    outputs = module.weight.shape[0]
+    outputs = weight.shape[0]
     if "dora_scale" in t:
-        given, inputs = tuple(t["dora_scale"].shape), int(module.weight.shape[1])
+        given, inputs = tuple(t["dora_scale"].shape), int(weight.shape[1])
         count = outputs if given[:1] == (outputs,) else inputs
         if (
             given[:1] not in ((outputs,), (1,))
@@ -273,26 +292,25 @@ def _check_vectors(place: tuple[str, str], t: Tensors, module: Any, field: str, 
             raise _invalid(
                 field,
                 path,
-                f"dora_scale of {_spoken(place)} is {_by(given)}, and the module {_by(module.weight.shape)}",
+                f"dora_scale of {place} is {_by(given)}, and the module {_by(weight.shape)}",
             )
     if "magnitude" in t and t["magnitude"].numel() != outputs:
         raise _invalid(
             field,
             path,
-            f"the magnitude of {_spoken(place)} has {t['magnitude'].numel()} numbers, and the module {outputs} outputs",
+            f"the magnitude of {place} has {t['magnitude'].numel()} numbers, and the module {outputs} outputs",
         )
     for name in {"up_bias", "diff_bias"} & set(t):
-        bias = getattr(module, "bias", None)
         if bias is None or t[name].numel() != bias.numel():
             raise _invalid(
                 field,
                 path,
-                f"has a bias of {t[name].numel()} numbers for {_spoken(place)}, which has"
+                f"has a bias of {t[name].numel()} numbers for {place}, which has"
                 f" {bias.numel() if bias is not None else 'none'}",
             )
 
 
-def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field: str, path: Path) -> float:
+def _scale(place: Place, t: Tensors, config: Mapping[str, Any], field: str, path: Path) -> float:
     """Return alpha / rank of one module, with alpha from the file's own tensor or from PEFT's configuration, else 1.
 
     Raises Failure if the two contradict each other.
@@ -302,16 +320,19 @@ def _scale(place: tuple[str, str], t: Tensors, config: Mapping[str, Any], field:
         return 1.0
     written = float(t["alpha"]) if "alpha" in t and t["alpha"].numel() == 1 else None
     if "alpha" in t and not written:
-        raise _invalid(field, path, f"alpha of {_spoken(place)} is not one number other than 0")
-    configured = _pattern(config.get("alpha_pattern"), place[1], config.get("lora_alpha", config.get("alpha")))
+        raise _invalid(field, path, f"alpha of {place} is not one number other than 0")
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    alphas = {_pattern(config.get("alpha_pattern"), module, alpha) for module in place.modules}
+    if len(alphas) > 1:
+        raise _invalid(field, path, f"its configuration has several alphas for {place}, which is one in the file")
+    configured = alphas.pop()
     if configured is None:
         return (written or dimension) / dimension
     if written is not None and written != configured:
         raise _invalid(
             field,
             path,
-            f"says two things of alpha for {_spoken(place)}: {written:g} in a tensor and {configured:g} in its"
-            " configuration",
+            f"says two things of alpha for {place}: {written:g} in a tensor and {configured:g} in its configuration",
         )
     return float(configured) / (math.sqrt(dimension) if config.get("use_rslora") else dimension)
 
@@ -327,19 +348,38 @@ def fuse(parts: Mapping[str, Any], adapters: Sequence[tuple[Sequence[Change], fl
     `parts`: component → model. The update of each adapter is computed from the model's original weights. Therefore the
     order of adapters does not matter, even for DoRA, whose update depends on the weights that it is added to.
     """
-    places: dict[tuple[str, str], list[tuple[Change, float]]] = {}
+    with torch.no_grad():
+        for found in _sharing(adapters):
+            part = parts[found[0][0].place.part]
+            modules = {name: part.get_submodule(name) for change, _ in found for name in change.place.modules}
+            weights = {name: module.weight for name, module in modules.items()}
+            biases = {
+                name: module.bias for name, module in modules.items() if getattr(module, "bias", None) is not None
+            }
+            own = {name: weight.detach().clone() for name, weight in weights.items()}
+            for change, times in found:
+                if (weight := change.weight(change.place.joined(own))) is not None:
+                    change.place.add(weights, times * weight)
+                if (bias := change.bias()) is not None:
+                    change.place.add(biases, times * bias.flatten())
+
+
+def _sharing(adapters: Sequence[tuple[Sequence[Change], float]]) -> list[list[tuple[Change, float]]]:
+    """Return the changes of all adapters in groups that share modules, each with the weight of its adapter.
+
+    Adapters can name query, key and value as one module or as three.
+    """
+    groups: dict[tuple[str, str], list[tuple[Change, float]]] = {}
     for changes, times in adapters:
         for change in changes:
-            places.setdefault((change.part, change.module), []).append((change, times))
-    with torch.no_grad():
-        for (part, name), found in places.items():
-            module = parts[part].get_submodule(name)
-            own = module.weight.detach().clone()
-            for change, times in found:
-                if (weight := change.weight(own)) is not None:
-                    module.weight += times * weight
-                if (bias := change.bias()) is not None:
-                    module.bias += times * bias.reshape(module.bias.shape)
+            there = {id(group): group for key in _keys(change) if (group := groups.get(key)) is not None}
+            joined = [*(entry for group in there.values() for entry in group), (change, times)]
+            groups |= {key: joined for member, _ in joined for key in _keys(member)}
+    return list({id(group): group for group in groups.values()}.values())
+
+
+def _keys(change: Change) -> list[tuple[str, str]]:
+    return [(change.place.part, module) for module in change.place.modules]
 
 
 def _same(made: tuple[int, ...], wanted: tuple[int, ...], flat: bool) -> bool:
@@ -360,8 +400,13 @@ def _usable(names: Names) -> str:
     """Return which adapters the model can have."""
     if names.denoiser == "unet":
         return "LoRA, LoHa, LoKr and DoRA for Stable Diffusion XL can be used"
+    if names.has_authors_names:
+        return (
+            "For FLUX adapters of the transformer and of CLIP can be used, with the names of diffusers, of kohya"
+            " (lora_unet_double_blocks_0_img_attn_qkv, lora_te1_) and of ComfyUI (diffusion_model.double_blocks)"
+        )
     return (
-        "For Stable Diffusion 3 and FLUX adapters with diffusers' names of the modules (transformer.transformer_blocks"
+        "For Stable Diffusion 3 adapters with diffusers' names of the modules (transformer.transformer_blocks"
         ".0.attn.to_q) can be used; convert the file, for example by diffusers' load_lora_weights and save_lora_weights"
     )
 
@@ -369,10 +414,6 @@ def _usable(names: Names) -> str:
 def _trained_for(metadata: Mapping[str, str]) -> str:
     base = next((metadata[key] for key in TRAINED_FOR if metadata.get(key)), None)
     return f" The file says that it was trained for {base}." if base else ""
-
-
-def _spoken(place: tuple[str, str]) -> str:
-    return ".".join(place)
 
 
 def _by(size: Sequence[int]) -> str:

@@ -4,17 +4,23 @@ Training programs write the names of diffusers, of PEFT, or of Stability's own c
 dots or, like kohya's sd-scripts and LyCORIS, with underscores in place of dots. A name with underscores cannot be split
 without knowing the model. The table is therefore built in the other direction: it holds, for each module of the given
 model, all names that a file may use for it.
+Some modules of the authors' own code are several in diffusers: FLUX computes query, key and value as one product. So a
+name in a file stands for a `Place`: outputs of one or of several modules, one after the other.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 # Prefix of a name, with underscores, and the component of the pipeline that it denotes. Longer prefixes first.
 PREFIXES = (
     ("lora_unet_", "unet"),
+    ("lora_unet_", "transformer"),  # kohya
     ("lora_transformer_", "transformer"),  # OneTrainer
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
@@ -27,6 +33,7 @@ PREFIXES = (
     ("base_model_model_", "unet"),  # PEFT
     ("base_model_model_", "transformer"),
     ("diffusion_model_", "unet"),
+    ("diffusion_model_", "transformer"),  # ComfyUI
     ("", "unet"),
     ("", "transformer"),
 )
@@ -73,6 +80,77 @@ LDM_RESNET = {
 OLD_CLIP = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
+# Modules of FLUX in the code of its authors → the modules of diffusers that compute its outputs, in their order.
+FLUX_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+FLUX_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+FLUX_ALONE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# Its outputs are a shift and a scale, and in diffusers a scale and a shift.
+FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Outputs of a module, from `first` until `end`; all of them where neither is given."""
+
+    module: str
+    first: int | None = None
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a name in a file stands for: outputs of modules of the pipeline's model `part`, one after the other."""
+
+    part: str
+    rows: tuple[Rows, ...]
+
+    def __str__(self) -> str:
+        return ".".join([self.part, " + ".join(self.modules)])
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of its modules, each once."""
+        return list(dict.fromkeys(rows.module for rows in self.rows))
+
+    def joined(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the outputs as one tensor. `tensors`: module → its weight or bias."""
+        parts = [tensors[rows.module][rows.first : rows.end] for rows in self.rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def add(self, tensors: Mapping[str, torch.Tensor], change: torch.Tensor) -> None:
+        """Add the change of all outputs to `tensors`, in place."""
+        done = 0
+        for rows in self.rows:
+            part = tensors[rows.module][rows.first : rows.end]
+            part += change[done : done + len(part)]
+            done += len(part)
+
+
 def split(key: str) -> tuple[str, str] | None:
     """Return (name of the module in the file, role of the tensor); None if the key has no known ending."""
     match = ENDINGS.search(key)
@@ -87,24 +165,37 @@ class Names:
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
-        self.modules: dict[tuple[str, str], str] = {}
+        self.places: dict[tuple[str, str], Place] = {}
         for part, model in parts.items():
-            names = NAMES_OF[part](model)
-            self.modules |= {(part, name.replace(".", "_")): module for name, module in names}
+            for name, module in NAMES_OF[part](model):
+                self.places[part, name.replace(".", "_")] = Place(part, (Rows(module),))
+            for name, rows in self.authors_names(model):
+                self.places[part, name.replace(".", "_")] = Place(part, rows)
 
     @property
     def denoiser(self) -> str:
         """The component that denoises, which names without a prefix belong to."""
         return "transformer" if "transformer" in self.parts else "unet"
 
-    def find(self, name: str) -> tuple[str, str] | None:
-        """Return (component, module) for a name in a file; None if this pipeline has no such module."""
+    @staticmethod
+    def authors_names(model: Any) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+        """Yield (name in the code of the model's authors, outputs), where modules of that code are joined."""
+        names = AUTHORS_NAMES.get(type(model).__name__)
+        return names(model) if names else iter(())
+
+    @property
+    def has_authors_names(self) -> bool:
+        """Whether the names of the code of the model's authors are known."""
+        return self.denoiser == "unet" or type(self.parts[self.denoiser]).__name__ in AUTHORS_NAMES
+
+    def find(self, name: str) -> Place | None:
+        """Return the place of a name in a file; None if this pipeline has no such module."""
         name = name.replace(".", "_")
         for prefix, part in PREFIXES:
             if name.startswith(prefix):
-                module = self.modules.get((part, name.removeprefix(prefix)))
-                if module is not None:
-                    return part, module
+                place = self.places.get((part, name.removeprefix(prefix)))
+                if place is not None:
+                    return place
         return None
 
 
@@ -124,10 +215,27 @@ def _names_of_unet(unet: Any) -> Iterator[tuple[str, str]]:
 
 
 def _names_of_transformer(transformer: Any) -> Iterator[tuple[str, str]]:
-    """Yield (name in a file, module). Files with the names of the models' authors, in which several modules are one,
-    have none of them.
-    """
+    """Yield (name in a file, module), by diffusers' names."""
     return ((name, name) for name in _weighted(transformer))
+
+
+def _names_of_flux(transformer: Any) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    """Yield (name in the code of FLUX's authors, outputs)."""
+    there = set(_weighted(transformer))
+    for number in range(len(transformer.transformer_blocks)):
+        for name, modules in FLUX_DOUBLE.items():
+            within = f"transformer_blocks.{number}"
+            yield f"double_blocks.{number}.{name}", tuple(Rows(f"{within}.{module}") for module in modules)
+    for number in range(len(transformer.single_transformer_blocks)):
+        for name, modules in FLUX_SINGLE.items():
+            within = f"single_transformer_blocks.{number}"
+            yield f"single_blocks.{number}.{name}", tuple(Rows(f"{within}.{module}") for module in modules)
+    for name, module in FLUX_ALONE.items():
+        if module in there:  # FLUX.1 schnell is told no guidance
+            yield name, (Rows(module),)
+    for name, module in FLUX_SWAPPED.items():
+        half = len(transformer.get_submodule(module).weight) // 2
+        yield name, (Rows(module, half, None), Rows(module, None, half))
 
 
 def _names_of_clip(encoder: Any) -> Iterator[tuple[str, str]]:
@@ -150,6 +258,10 @@ NAMES_OF: Mapping[str, Callable[[Any], Iterator[tuple[str, str]]]] = {
     "text_encoder_2": _names_of_clip,
 }
 """Component of a pipeline → the function that yields (name in a file, module)."""
+AUTHORS_NAMES: Mapping[str, Callable[[Any], Iterator[tuple[str, tuple[Rows, ...]]]]] = {
+    "FluxTransformer2DModel": _names_of_flux,
+}
+"""Class of a model → the function that yields (name in the code of its authors, outputs)."""
 
 
 def ldm_name(module: str, blocks: Mapping[str, str]) -> str | None:
