@@ -128,6 +128,7 @@ def main(run: FineTuneRun | GenerateRun) -> TerminationMessage:
     total = total_sums(folder, spec.shards, shard.settings)
     if total is not None:  # all shards are complete
         report_unsafe(run, folder, outputs)
+        refuse_nothing(failed_outputs(folder, spec.shards), outputs, shard.first_error)
         deliver(run, record, folder, index)
         metrics = {**metrics, **scores(run, folder, total, outputs)}
     return ending(ExitCode.COMPLETED, f"{len(span) - failed} outputs{told}", started, metrics=metrics)
@@ -198,14 +199,19 @@ def work(
     if not make(engine, shard, left, telemetry, run.spec.max_failed_rows):
         return False
     if shard.failed - withheld(run, shard) == len(shard.span):
-        others = (range(shard.span.start), range(shard.span.stop, record.dataset.outputs or 0))
+        outputs = record.dataset.outputs or 0
+        others = (range(shard.span.start), range(shard.span.stop, outputs))
         found = (problem_of(engine, s) for other in others for s in samples.between(other.start, other.stop))
         if all(problem is not None for problem in found):
-            raise Failure(
-                ExitCode.INVALID_DATASET,
-                f"spec.inputs: not one row can be worked on. First of them: {shard.first_error}",
-            )
+            refuse_nothing(outputs, outputs, shard.first_error)
     return True
+
+
+def refuse_nothing(failed: int, outputs: int, first: str | None) -> None:
+    """Raise Failure if all outputs of the job have failed. `first`: why the first of them did, if it is known."""
+    if failed == outputs:
+        shown = f" First of them: {first}" if first else ""
+        raise Failure(ExitCode.INVALID_DATASET, f"spec.inputs: not one row can be worked on.{shown}")
 
 
 def refuse_too_many(limit: int | None, failed: int, first: str | None) -> None:
