@@ -37,6 +37,8 @@ MISSING_SECRET = re.compile(r'[sS]ecret "?(?:[^ "/]+/)?(?P<name>[^ "/]+)')
 """In the kubelet's messages: secret "hf" not found; couldn't find key token in Secret ml/hf."""
 CONNECTION = re.compile(r"(read|write|dial) (tcp|udp) \S+->")
 """In a message of the kubelet: the address and port that a connection had on this side."""
+NO_SCHEDULER_SECONDS = 300.0
+"""A scheduler says within moments why no node takes a pod, in a burst of jobs within minutes."""
 CONTAINER_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
 
@@ -182,6 +184,13 @@ def scheduled(pod: Object) -> datetime | None:
     found = pod.get("status", {}).get("conditions") or []
     times = (c.get("lastTransitionTime") for c in found if c["type"] == "PodScheduled" and c["status"] == "True")
     return next((moment(time) for time in times if time), None)
+
+
+def awaits_scheduler_since(pod: Object) -> datetime | None:
+    """When a pod was created that no scheduler has tried to give a node yet. None for all others."""
+    conditions = pod.get("status", {}).get("conditions") or []
+    tried = any(c["type"] == "PodScheduled" for c in conditions) or pod.get("spec", {}).get("nodeName")
+    return None if tried or container(pod) or terminated(pod) or deleting(pod) else created(pod)
 
 
 def container(pod: Object) -> dict[str, Any]:

@@ -73,6 +73,10 @@ class Parts:
         complete = all(uid in self.pods_expected and present[uid] >= self.pods_expected[uid] for uid in uids)
         return complete and all(map(children.starts_as_expected, self.pods.values()))
 
+    def awaits_scheduler_since(self) -> datetime | None:
+        """When the first of its pods was created that no scheduler has tried to give a node yet; None without one."""
+        return min(filter(None, map(children.awaits_scheduler_since, self.pods.values())), default=None)
+
     def keepers(self) -> list[Object]:
         """The Jobs that hold pods, and are neither finished nor being deleted."""
         uids = {pod.child for pod in self.held.values()}

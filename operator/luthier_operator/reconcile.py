@@ -24,7 +24,7 @@ from luthier_api.ruleset import WRITES
 from luthier_api.status import PHASES, JobStatus
 from luthier_api.stored import NotUnderstood, read_stored
 from luthier_operator import naming
-from luthier_operator.children import pods_at_once
+from luthier_operator.children import NO_SCHEDULER_SECONDS, pods_at_once
 from luthier_operator.client import NAMESPACE_TERMINATING, RESOURCES, ApiError, Client
 from luthier_operator.decide import decide, held, refused, with_events
 from luthier_operator.events import Recorder
@@ -119,7 +119,15 @@ class Reconciler:
         its pods run or have yet to be given a node, of which events tell.
         """
         last = self._writes.get(key)
-        return last is None or not self._store.goes_as_expected(key, last.version)
+        if last is None or not self._store.goes_as_expected(key, last.version):
+            return True
+        self._check_scheduling(key)
+        return False
+
+    def _check_scheduling(self, key: Key) -> None:
+        """Plan a look for the case that no scheduler takes the pods, of which no event tells."""
+        if self._store.awaits_scheduler(key):
+            self._queue.add_after(key, NO_SCHEDULER_SECONDS, check=True)
 
     async def reconcile(self, key: Key) -> float | None:
         """Reconcile `key` once. Returns the seconds after which to do it again, if any.
@@ -187,6 +195,7 @@ class Reconciler:
             await self._report(key, current, first.status, last)
         if decision.apply:
             self._queue.add_after(key, in_turn(CREATED_SECONDS, observed.backlog), check=True)
+        self._check_scheduling(key)
         again = min((s for s in (wait, decision.requeue_after) if s is not None), default=None)
         if refusal:
             if again is not None:  # a deadline may be nearer than the next attempt

@@ -17,6 +17,7 @@ from luthier_api.conditions import ConditionType
 from luthier_api.kinds import KINDS, source_of
 from luthier_api.metrics import CHECKPOINT_STEP, broken_checkpoints, checkpoint_step, samples_at_end
 from luthier_operator import children
+from luthier_operator.children import NO_SCHEDULER_SECONDS
 from luthier_operator.failure.pod_end import PodEnds, pod_end
 from luthier_operator.kept import KeptJob, changed, edition, project, version
 from luthier_operator.kueue import WORKLOAD, Workloads
@@ -112,7 +113,14 @@ class Store:
         known, parts = self._jobs.get(key), self._parts_of_job(key)
         if known is None or known.version != version or known.state not in AS_EXPECTED or parts is None:
             return False
-        return parts.go_as_expected()
+        since = parts.awaits_scheduler_since()
+        late = since is not None and since + timedelta(seconds=NO_SCHEDULER_SECONDS) <= self._now()
+        return not late and parts.go_as_expected()
+
+    def awaits_scheduler(self, key: Key) -> bool:
+        """Whether no scheduler has tried to give one of its pods a node. No event tells if none ever does."""
+        parts = self._parts_of_job(key)
+        return parts is not None and parts.awaits_scheduler_since() is not None
 
     def observed(self, job: Job) -> Observed:
         """Everything that is known about `job`."""

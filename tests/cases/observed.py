@@ -160,6 +160,7 @@ def pod(
     suffix: str = "",
     scheduled: datetime | None = None,
     free: int = 0,
+    born: datetime | None = None,
 ) -> Object:
     """A pod whose container is in `state`; `over` is its phase. `attempt`: restarts of its group, or of its shard, of
     which `free` were so. `since`: when the scheduler found it `unschedulable`.
@@ -190,12 +191,14 @@ def pod(
         "uid": f"{name}-uid",
         "labels": labels,
         "annotations": annotations,
-    } | ({"deletionTimestamp": text(NOW)} if deleting else {})
+    }
+    meta |= {"deletionTimestamp": text(NOW)} if deleting else {}
+    meta |= {"creationTimestamp": text(born)} if born else {}
     statuses = [{"name": naming.CONTAINER, "state": state}] if state else []
     return {
         "kind": "Pod",
         "metadata": meta,
-        "spec": {"nodeName": node},
+        "spec": {"nodeName": node} if node else {},
         "status": {"phase": over, "conditions": conditions, "containerStatuses": statuses},
     }
 

@@ -8,7 +8,7 @@ import pytest
 from fake_cluster import FakeCluster
 from harness import condition_with, fine_tune, running, until
 
-from luthier_operator import reconcile
+from luthier_operator import reconcile, store
 from luthier_operator.phases import waiting
 
 QUOTA = (
@@ -73,3 +73,25 @@ async def test_a_backlog_is_no_alarm_and_a_later_refusal_is_found() -> None:
         cluster.refuses = True
         cluster._record("MODIFIED", cluster.all("Job")[0])
         await until("told", lambda: condition_with(cluster, "FineTuneJob", "tune", "Prepared", "NoPods"))
+
+
+async def test_the_user_reads_that_no_scheduler_takes_the_pods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing happens then: no event tells of it."""
+
+    class WithoutScheduler(FakeCluster):
+        def create(self, manifest: dict[str, Any]) -> dict[str, Any]:
+            if manifest["kind"] == "Pod":
+                del manifest["spec"]["nodeName"]
+            return super().create(manifest)
+
+        def _kubelet(self, pod: dict[str, Any]) -> None:
+            pass
+
+    for module in (reconcile, store, waiting):
+        monkeypatch.setattr(module, "NO_SCHEDULER_SECONDS", 2.0)
+    async with WithoutScheduler() as cluster, running(cluster):
+        cluster.create(fine_tune())
+        await until("created", lambda: cluster.pods("tune", "prepare"))
+        assert condition_with(cluster, "FineTuneJob", "tune", "Prepared", "Preparing")
+        found = await until("told", lambda: condition_with(cluster, "FineTuneJob", "tune", "Prepared", "Unschedulable"))
+        assert "has no node, and no scheduler has said why" in found["message"]

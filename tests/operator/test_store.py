@@ -924,9 +924,11 @@ HAS_NODE = {
 }
 NO_NODE = {"phase": "Pending", "conditions": [condition("PodScheduled", "False") | {"reason": "Unschedulable"}]}
 DELETED = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+LONG_AGO = {"creationTimestamp": "2026-01-01T00:00:00Z"}
 CHECKS = [
     CheckCase("all run", True, ({"status": RUNS}, {"status": RUNS})),
     CheckCase("one runs, nobody has sought a node for the other", True, ({"status": RUNS}, {"status": NEW})),
+    CheckCase("for long", False, ({"status": RUNS}, {"status": NEW, "metadata": LONG_AGO})),
     CheckCase("one is missing", False, ({"status": RUNS},)),
     CheckCase("all are missing", False, ()),
     CheckCase("one has its node and does not start", False, ({"status": RUNS}, {"status": HAS_NODE})),

@@ -44,6 +44,7 @@ from luthier_operator.workloads import workload
 BEGUN = status("Accepted", "Prepared", start_time=text(BEGIN))
 ONE_AT_ONCE = generate(BEGUN, shards=8, parallelism=1)
 JOB, SHARDS, CPU = fine_tune(BEGUN), generate(BEGUN), fine_tune(BEGUN, resources={"gpusPerNode": 0})
+VOLCANO = generate(BEGUN, scheduling={"schedulerName": "volcano"})
 QUEUED = fine_tune(BEGUN, scheduling={"queueName": "team-a"})
 BOTH = [pod(JOB, "run", 0, state=RUNNING), pod(JOB, "run", 1, state=RUNNING)]
 EXIT_66 = (
@@ -159,6 +160,34 @@ CASES = [
             "False ContainerCreating: pod ftj-bot-run-1-0 was scheduled, but its container has not started after 30"
             " s: it waits for its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod"
             " ftj-bot-run-1-0`"
+        ),
+    ),
+    Case(
+        name="no scheduler has tried to give one a node, for some time",
+        given=situation(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending", node="", born=at(-299))]),
+        expect="waits",
+        condition="False Starting: waiting for 2 pods on 16 GPUs to start",
+    ),
+    Case(
+        name="no scheduler has tried to give one a node, for long",
+        given=situation(group(), pods=[BOTH[0], pod(JOB, "run", 1, over="Pending", node="", born=at(-301))]),
+        expect="waits",
+        condition=(
+            "False Unschedulable: pod ftj-bot-run-1-0 has no node, and no scheduler has said why for 300 s: the"
+            " scheduler does not run in this cluster, or is behind"
+        ),
+    ),
+    Case(
+        name="a scheduler that nobody runs",
+        given=situation(
+            child(VOLCANO, "run"),
+            job=VOLCANO,
+            pods=[pod(VOLCANO, "run", i, over="Pending", node="", born=at(-301)) for i in (0, 1)],
+        ),
+        expect="waits",
+        condition=(
+            "False Unschedulable: pod gj-lutes-run-0-0 has no node, and no scheduler has said why for 300 s: volcano"
+            " (spec.scheduling.schedulerName) does not run in this cluster, or is behind"
         ),
     ),
     Case(

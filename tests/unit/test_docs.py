@@ -311,10 +311,7 @@ def test_the_walk_of_packing_names_what_exists_in_at_most_twelve_stops() -> None
 
 def test_the_tests_on_the_cluster_know_all_metrics_of_the_page() -> None:
     on_pods = (
-        test_metrics.TRAINING.keys()
-        | test_metrics.ON_GPUS
-        | test_metrics.GENERATION.keys()
-        | test_metrics.OF_REFERENCES
+        test_metrics.TRAINING.keys() | test_metrics.ON_GPUS | test_metrics.GENERATION.keys() | test_metrics.ON_REQUEST
     )
     assert {m.name for m in documented("pod-metrics")} == on_pods
     assert {m.name for m in documented("operator-metrics")} == test_metrics.OPERATOR.keys() | test_metrics.LATER

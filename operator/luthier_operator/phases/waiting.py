@@ -11,7 +11,7 @@ from luthier_api.exitcodes import ExitCode, Retry
 from luthier_api.secrets import secret_fields
 from luthier_api.status import Phase
 from luthier_operator import children, naming
-from luthier_operator.children import PendingReason
+from luthier_operator.children import NO_SCHEDULER_SECONDS, PendingReason
 from luthier_operator.failure.attempts import ATTEMPTS_KEPT, evicted_too_often
 from luthier_operator.failure.cause import Failure, location
 from luthier_operator.model import ChildRef, Object
@@ -213,6 +213,9 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
         if scheduled and not children.deleting(pod) and "running" not in children.container(pod):
             due = scheduled + timedelta(seconds=CONTAINER_SECONDS)
             yield Overdue(due, PendingReason(Reason.CONTAINER_CREATING, no_container(pod)))
+        new = children.awaits_scheduler_since(pod)
+        if new and new + timedelta(seconds=NO_SCHEDULER_SECONDS) <= ctx.now:
+            yield Overdue(ctx.now, PendingReason(Reason.UNSCHEDULABLE, no_scheduler(ctx, pod)))
 
 
 def backlog(ctx: Context, phase: Phase) -> int:
@@ -241,6 +244,15 @@ def no_container(pod: Object) -> str:
     return (
         f"pod {pod_name} was scheduled, but its container has not started after {CONTAINER_SECONDS:g} s: it waits for"
         f" its image or for a volume (spec.volumes, spec.workspace); see `kubectl describe pod {pod_name}`"
+    )
+
+
+def no_scheduler(ctx: Context, pod: Object) -> str:
+    named = ctx.job.spec.scheduling.scheduler_name
+    which = f"{named} (spec.scheduling.schedulerName)" if named else "the scheduler"
+    return (
+        f"pod {pod['metadata']['name']} has no node, and no scheduler has said why for {NO_SCHEDULER_SECONDS:g} s:"
+        f" {which} does not run in this cluster, or is behind"
     )
 
 
