@@ -140,6 +140,19 @@ CASES = [
         ),
     ),
     Case(
+        name="no scheduler has tried to give it a node; its own is that of the cluster",
+        given=situation(
+            child(JOB, "prepare"),
+            pods=[pod(JOB, "prepare", over="Pending", node="", born=at(-301))],
+            scheduling={"schedulerName": "volcano"},
+        ),
+        expect="waits",
+        condition=(
+            "False Unschedulable: pod ftj-bot-prepare-0-0 has no node, and no scheduler has said why for 300 s: the"
+            " scheduler does not run in this cluster, or is behind"
+        ),
+    ),
+    Case(
         name="its node does not answer",
         given=situation(child(JOB, "prepare"), pods=[pod(JOB, "prepare", scheduled=at(-31))]),
         expect="repairs ConfigMap ftj-bot",

@@ -215,7 +215,7 @@ def overdue(ctx: Context, phase: Phase, pods: int) -> Iterator[Overdue]:
             yield Overdue(due, PendingReason(Reason.CONTAINER_CREATING, no_container(pod)))
         new = children.awaits_scheduler_since(pod)
         if new and new + timedelta(seconds=NO_SCHEDULER_SECONDS) <= ctx.now:
-            yield Overdue(ctx.now, PendingReason(Reason.UNSCHEDULABLE, no_scheduler(ctx, pod)))
+            yield Overdue(ctx.now, PendingReason(Reason.UNSCHEDULABLE, no_scheduler(ctx, phase, pod)))
 
 
 def backlog(ctx: Context, phase: Phase) -> int:
@@ -247,8 +247,8 @@ def no_container(pod: Object) -> str:
     )
 
 
-def no_scheduler(ctx: Context, pod: Object) -> str:
-    named = ctx.job.spec.scheduling.scheduler_name
+def no_scheduler(ctx: Context, phase: Phase, pod: Object) -> str:
+    named = ctx.job.spec.scheduling.scheduler_name if phase == "run" else None
     which = f"{named} (spec.scheduling.schedulerName)" if named else "the scheduler"
     return (
         f"pod {pod['metadata']['name']} has no node, and no scheduler has said why for {NO_SCHEDULER_SECONDS:g} s:"
